@@ -41,7 +41,7 @@ class _Differentiation:
             if segment.carry:
                 backward += self._block(segment, gradients)
             else:
-                backward.append(Segment(segment.name + "_backward", tuple(self._ops(segment.ops, gradients))))
+                backward.append(Segment(segment.name + ", backward", tuple(self._ops(segment.ops, gradients))))
         backward = [s for s in backward if s.ops]
         return self.forward.replace(segments=(*self.forward.segments, *backward))
 
@@ -71,8 +71,8 @@ class _Differentiation:
             final = self._fresh(target)
             carry.append(Carry(initial, inside, handed_on, final))
             gradients[target.name] = final
-        block = Segment(segment.name + "_backward", tuple(ops), segment.repeat, tuple(carry), not segment.reverse)
-        return [Segment(segment.name + "_zeros", tuple(zeros)), block]
+        block = Segment(segment.name + ", backward", tuple(ops), segment.repeat, tuple(carry), not segment.reverse)
+        return [Segment(segment.name + ", zeros", tuple(zeros)), block]
 
     def _captured(self, segment: Segment) -> list[Tensor]:
         """Activations from outside that the block's ops read, in the order of their first use."""

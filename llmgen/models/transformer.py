@@ -109,7 +109,7 @@ def forward(config: Config, name: str, b: Dim, t: Dim, first: Dim | None = None)
     fcproj = g.apply(ops.LINEAR, "fcproj", inp=gelu, weight=p["fcprojw"], bias=p["fcprojb"])
     residual3 = g.apply(ops.ADD, "residual3", a=residual2, b=fcproj)
     final = Tensor("final", residual.shape)
-    block = Segment("block", tuple(g.ops), s.L, (Carry(x, residual, residual3, final),))
+    block = Segment("layers", tuple(g.ops), s.L, (Carry(x, residual, residual3, final),))
 
     g = Builder()
     lnf, _, _ = g.apply(ops.LAYERNORM, "lnf", attrs=norm, inp=final, weight=p["lnfw"], bias=p["lnfb"])

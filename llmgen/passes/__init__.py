@@ -1,0 +1,16 @@
+"""Rewrites of the graph, chosen per target."""
+
+from llmgen.graph import Graph
+from llmgen.passes import fusion
+
+
+def for_target(graph: Graph, target: str, chunk: int) -> Graph:
+    """The graph as a target computes it. chunk: rows of logits the classifier holds at a time."""
+    functions = []
+    for function in graph.functions:
+        function = fusion.join_segments(function)
+        function = fusion.add_into(function)
+        function = fusion.linear_gelu(function)
+        function = fusion.classifier(function, chunk)
+        functions.append(function)
+    return Graph(graph.parameters, tuple(functions))

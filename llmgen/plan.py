@@ -1,0 +1,374 @@
+"""The plan: where every byte lives and which call comes when. Templates print it and add nothing up.
+
+`make` takes a Config through graph, passes and memory to finished C expressions.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from llmgen import cpu, memory, models, passes
+from llmgen.config import INT_MAX, Config
+from llmgen.errors import UserError
+from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim, product
+from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
+from llmgen.models import transformer
+
+ALIGNMENT = {"c": 64, "cuda": 256}  # bytes at which every tensor, and every layer of it, starts
+C_TYPES = {"f32": "float", "i32": "int"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the parameter table. Offsets and strides in values unless they say bytes."""
+
+    tensor: Tensor
+    offset: int
+    stride: int  # from one layer to the next
+    stride_expr: str
+    file_offset: int  # bytes, from the first tensor of the file
+    decay: bool
+    initial_mean: float
+    initial_std: float
+    valid: int  # values of a layer that are initialised: vocabulary padding stays zero
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def layers(self) -> int:
+        return self.tensor.layers.size if self.tensor.layers else 1
+
+    @property
+    def count(self) -> int:
+        return self.tensor.count.size
+
+    @property
+    def bytes(self) -> int:
+        """As the file has it: without alignment."""
+        return self.count * self.layers * ITEM_SIZE[self.tensor.dtype]
+
+    @property
+    def shape(self) -> str:
+        return ", ".join(map(str, self.tensor.stacked))
+
+
+@dataclass(frozen=True)
+class Call:
+    function: str
+    arguments: tuple[str, ...]
+    op: Op
+
+
+@dataclass(frozen=True)
+class Block:
+    """Calls in their order; in a loop over the layers if `repeat` is not 1."""
+
+    name: str
+    calls: tuple[Call, ...]
+    repeat: Dim = ONE
+    reverse: bool = False
+
+
+@dataclass(frozen=True)
+class FunctionPlan:
+    name: str
+    blocks: tuple[Block, ...]
+    layout: Layout
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return self.layout.buffers
+
+    @property
+    def bytes(self) -> int:
+        return self.layout.saved_bytes + self.layout.arena_bytes
+
+    def offset(self, buffer: Buffer) -> int:
+        """Bytes from the start of the workspace."""
+        return buffer.offset + (0 if buffer.slots else self.layout.saved_bytes)
+
+    def shape(self, buffer: Buffer) -> tuple[Dim, ...]:
+        return (buffer.slots, *buffer.shape) if buffer.slots else buffer.shape
+
+
+@dataclass(frozen=True)
+class Range:
+    """A run of the flat parameter buffer that the optimizer treats alike."""
+
+    first: str  # name of its first tensor
+    names: tuple[str, ...]
+    offset: int
+    count: int  # values, alignment included
+    decay: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each class. `total` is what the program allocates with so many threads."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    arena: int
+    arena_lower_bound: int
+    scratch_per_thread: int
+
+    def total(self, threads: int) -> int:
+        return sum(dataclasses.astuple(self)[:5]) + threads * self.scratch_per_thread
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    target: str
+    profile: "cpu.Profile"
+    graph: Graph
+    parameters: tuple[Parameter, ...]
+    parameter_values: int  # values of the flat buffer, alignment included
+    forward_backward: FunctionPlan
+    evaluate: FunctionPlan
+    ranges: tuple[Range, ...]
+    evaluation_tokens: int
+    chunk: int
+    shared_scratch: int  # values
+    thread_scratch: int  # values for each thread
+    flops: int  # of one forward_backward
+    sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
+
+    @property
+    def functions(self) -> frozenset[str]:
+        """Names of the kernels that the program calls."""
+        blocks = (*self.forward_backward.blocks, *self.evaluate.blocks)
+        called = {call.function for block in blocks for call in block.calls}
+        return frozenset(called | {op.kind.function for op in self.graph.function("update").ops()})
+
+    @property
+    def templates(self) -> list[str]:
+        """The op templates they stand in, in the order of their first use."""
+        ops = [op for f in self.graph.functions for op in f.ops() if not isinstance(op.kind, View)]
+        return list(dict.fromkeys(op.kind.template for op in ops))
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that forward_backward and evaluate share, without scratch: they never run at once."""
+        return max(self.forward_backward.bytes, self.evaluate.bytes)
+
+    @property
+    def memory(self) -> Memory:
+        flat = self.parameter_values * 4
+        saved = self.forward_backward.layout.saved_bytes
+        shared = aligned(self.shared_scratch * 4, ALIGNMENT[self.target])
+        bound = max(
+            self.forward_backward.layout.arena_lower_bound,
+            self.evaluate.layout.arena_lower_bound - saved,
+        )
+        return Memory(
+            parameters=flat,
+            gradients=flat,
+            optimizer=2 * flat,
+            activations=saved,
+            arena=self.workspace - saved + shared,
+            arena_lower_bound=bound + shared,
+            scratch_per_thread=self.thread_scratch * 4,
+        )
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.flops / (self.config.program.batch_size * self.config.program.seq_len)
+
+    def to_json(self, threads: int) -> dict:
+        def tensor(name, shape, dtype, **more):
+            return {"name": name, "shape": [d.size for d in shape], "dtype": dtype, **more}
+
+        names = {"f32": "fp32", "i32": "int32"}
+        plan = self.forward_backward
+        return {
+            "config": {"name": self.config.name, "hash": self.config.hash, **self.config.to_dict()},
+            "target": self.target,
+            "parameters": [
+                tensor(
+                    p.name,
+                    p.tensor.stacked,
+                    names[p.tensor.dtype],
+                    offset=p.offset * 4,
+                    file_offset=p.file_offset,
+                    bytes=p.bytes,
+                )
+                for p in self.parameters
+            ],
+            "activations": [
+                tensor(
+                    b.name, plan.shape(b), names[b.dtype], offset=plan.offset(b), bytes=b.bytes, per_layer=bool(b.slots)
+                )
+                for b in plan.buffers
+            ],
+            "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total(threads), "threads": threads},
+            "flops_per_token": self.flops_per_token,
+        }
+
+
+def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
+    """Plan a config for a target. profile: a name of `llmgen.cpu`. Raises UserError if the plan cannot be run."""
+    if target != "c":
+        raise UserError("target cuda is not built yet; use --target c")
+    alignment = ALIGNMENT[target]
+    machine = cpu.profile(profile)
+    chunk = cpu.classifier_chunk(config, machine)
+    graph = passes.for_target(models.build(config), target, chunk)
+    parameters = _parameter_table(config, graph, alignment)
+    planned = {}
+    for name in ("forward_backward", "evaluate"):
+        function = memory.with_copies(graph.function(name))
+        planned[name] = _function(function, memory.layout(function, alignment), parameters, alignment)
+    last = parameters[-1]
+    evaluation_tokens = transformer.evaluation_tokens(config)
+    plan = Plan(
+        config=config,
+        target=target,
+        profile=machine,
+        graph=graph,
+        parameters=tuple(parameters),
+        parameter_values=last.offset + last.stride * last.layers,
+        forward_backward=planned["forward_backward"],
+        evaluate=planned["evaluate"],
+        ranges=_ranges(graph, parameters),
+        evaluation_tokens=evaluation_tokens,
+        chunk=chunk,
+        shared_scratch=cpu.shared_scratch(config, machine),
+        thread_scratch=cpu.thread_scratch(config, machine),
+        flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
+        sizes=_sizes(config, machine, evaluation_tokens, chunk),
+    )
+    if plan.memory.total(1) >= 2**62:
+        raise UserError(f"{config.name}: needs {plan.memory.total(1):.3g} bytes, more than 64-bit offsets reach; make it smaller")
+    return plan
+
+
+def _sizes(config: Config, machine: "cpu.Profile", evaluation_tokens: int, chunk: int) -> tuple:
+    s = transformer.Sizes.of(config)
+    rows = [
+        (s.B, "sequences in a micro-batch"),
+        (s.T, "tokens in a sequence"),
+        (Dim(s.B.size * s.T.size, "BT"), "B * T"),
+        (s.L, "layers"),
+        (s.NH, "attention heads"),
+        (Dim(config.model.head_size, "HS"), "channels of a head"),
+        (s.C, "channels: NH * HS"),
+        (s.V, "tokens in the vocabulary"),
+        (s.VP, "V rounded up to a multiple of 128; the rows past V stay zero"),
+        (s.MAXT, "longest sequence the position embeddings reach"),
+        (Dim(evaluation_tokens, "EVAL_TOKENS"), "tokens that evaluate takes at most"),
+        (Dim(chunk, "CHUNK"), "rows of logits that exist at a time"),
+    ]
+    return tuple((d.expr, d.size, comment) for d, comment in rows)
+
+
+def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Parameter]:
+    decayed = {op.inputs["param"].name for op in graph.function("update").ops() if op.attrs.get("decay")}
+    rows: list[Parameter] = []
+    offset = file_offset = 0
+    for t in graph.parameters:
+        mean, std = transformer.initial(t.name, config)
+        valid = t.count.size
+        if t.shape[0].expr == "VP":
+            valid = valid // t.shape[0].size * config.model.vocab_size
+        row = Parameter(
+            tensor=t,
+            offset=offset,
+            stride=stride_values(t.bytes, t.dtype, alignment),
+            stride_expr=stride_expr(t.shape, t.dtype, alignment),
+            file_offset=file_offset,
+            decay=t.name in decayed,
+            initial_mean=mean,
+            initial_std=std,
+            valid=valid,
+        )
+        rows.append(row)
+        offset += row.stride * row.layers
+        file_offset += row.bytes
+    return rows
+
+
+def _ranges(graph: Graph, parameters: list[Parameter]) -> tuple[Range, ...]:
+    """Neighbours in memory with the same decay are updated by one call."""
+    ranges: list[Range] = []
+    for p in parameters:
+        count = p.stride * p.layers
+        before = ranges[-1] if ranges else None
+        if before and before.decay == p.decay:
+            ranges[-1] = Range(before.first, (*before.names, p.name), before.offset, before.count + count, p.decay)
+        else:
+            ranges.append(Range(p.name, (p.name,), p.offset, count, p.decay))
+    return tuple(ranges)
+
+
+def _function(function: Function, layout: Layout, parameters: list[Parameter], alignment: int) -> FunctionPlan:
+    expressions = _Expressions(function, layout, {p.name: p for p in parameters}, alignment)
+    blocks = []
+    for segment in function.segments:
+        calls = []
+        for op in segment.ops:
+            if isinstance(op.kind, View):
+                continue
+            if not op.kind.template:
+                raise UserError(f"{op.kind.function} has no kernel for this target")
+            calls.append(Call(op.kind.function, expressions.arguments(op, segment), op))
+        blocks.append(Block(segment.name, tuple(calls), segment.repeat if segment.carry else ONE, segment.reverse))
+    return FunctionPlan(function.name, tuple(blocks), layout)
+
+
+class _Expressions:
+    """Finished C expressions for the arguments of calls."""
+
+    def __init__(self, function: Function, layout: Layout, parameters: dict[str, Parameter], alignment: int):
+        self.layout, self.parameters, self.alignment = layout, parameters, alignment
+        self.struct = {"forward_backward": "acts", "evaluate": "eval"}[function.name]
+
+    def arguments(self, op: Op, segment: Segment) -> tuple[str, ...]:
+        sizes = op.kind.sizes(op)
+        arguments = []
+        for name in op.kind.signature:
+            if name == "accumulate":
+                arguments.append(self.accumulate(op, segment))
+            elif name in sizes:
+                arguments.append(_wide(sizes[name]))
+            else:
+                t = op.tensor(name)
+                arguments.append(self.tensor(t) if t else "NULL")
+        return tuple(arguments)
+
+    def accumulate(self, op: Op, segment: Segment) -> str:
+        if op.accumulate:
+            return "1"
+        shared = segment.carry and any(t.role == "gradient" and not t.layers for t in op.outputs.values())
+        if not shared:
+            return "micro_batch > 0"
+        return f"micro_batch > 0 || l {'<' if segment.reverse else '>'} {'L - 1' if segment.reverse else '0'}"
+
+    def tensor(self, t: Tensor) -> str:
+        if t.role in ("parameter", "gradient"):
+            struct, name = ("params", t.name) if t.role == "parameter" else ("grads", t.name[1:])
+            return f"{struct}.{name}" + (f" + l*{self.parameters[name].stride_expr}" if t.layers else "")
+        if t.role == "constant":
+            return f"{t.name}[l]" if t.layers else t.name
+        if t.name not in self.layout.places:
+            return t.name  # an input of the function
+        place = self.layout.places[t.name]
+        offset = "" if place.offset is None else f" + {place.offset}"
+        if place.slot == "input":
+            return place.buffer + offset
+        buffer = self.layout.buffer(place.buffer)
+        stride = stride_expr(buffer.shape, buffer.dtype, self.alignment)
+        expr = f"{self.struct}.{place.buffer}"
+        if place.slot is not None:
+            slot = dim(place.slot) if isinstance(place.slot, int | Dim) else Dim(1, place.slot)
+            if slot.size:
+                expr += f" + {_wide(slot * Dim(buffer.stride // ITEM_SIZE[buffer.dtype], stride))}"
+        return expr + offset
+
+
+def _wide(d: Dim) -> str:
+    """The expression, reckoned in size_t where an int would not hold it."""
+    return f"(size_t){d}" if d.size > INT_MAX else str(d)

@@ -1,0 +1,97 @@
+"""The Jinja environment: a plan in, source text out. Templates have holes and loops over ready lists, and no arithmetic."""
+
+from pathlib import Path
+
+import jinja2
+
+import llmgen
+from llmgen import flags, toolchain
+from llmgen.plan import Call, FunctionPlan, Plan
+
+WIDTH = 120  # columns of the generated source
+
+
+def templates_folder() -> Path:
+    """The wheel's templates, else the checkout's."""
+    package = Path(__file__).parent
+    inside = package / "templates"
+    return inside if inside.is_dir() else package.parent / "templates"
+
+
+def environment() -> jinja2.Environment:
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    env.filters["call"] = call
+    env.filters["commas"] = "{:,}".format
+    env.filters["members"] = members
+    env.filters["comment_lines"] = comment_lines
+    env.filters["wrap"] = wrap
+    env.filters["c_float"] = c_float
+    return env
+
+
+def source(plan: Plan) -> str:
+    """The whole source file. It depends on the config, the target and the CPU profile, and on nothing else."""
+    config = plan.config
+    name = f"train_{config.family}"
+    sizes = [(f"{name} = {value},", comment) for name, value, comment in plan.sizes]
+    context = {
+        "sizes": sizes,
+        "parameter_members": [(f"float *{p.name};", f"({p.shape})") for p in plan.parameters],
+        "activation_members": _buffer_members(plan.forward_backward),
+        "evaluation_members": _buffer_members(plan.evaluate),
+        "plan": plan,
+        "config": config,
+        "model": config.model,
+        "program": name,
+        "version": llmgen.__version__,
+        "functions": plan.functions,
+        "compile_line": toolchain.compile_line(name, plan.profile),
+        "flags": flags.table(config),
+        "memory": plan.memory,
+    }
+    return environment().get_template("train.c.j2").render(context)
+
+
+def _buffer_members(function: FunctionPlan) -> list[tuple[str, str]]:
+    return [(f"float *{b.name};", f"({', '.join(map(str, function.shape(b)))})") for b in function.buffers]
+
+
+def call(c: Call, indent: int = 4) -> str:
+    """A call as a C statement, wrapped behind its opening parenthesis."""
+    return wrap(f"{c.function}(", [*c.arguments], indent, ");")
+
+
+def wrap(head: str, items: list[str], indent: int, tail: str) -> str:
+    """`head` and comma-separated items, continued under the column where the first item stands."""
+    lines, line = [], " " * indent + head
+    margin = " " * len(line)
+    for i, item in enumerate(items):
+        piece = item + (", " if i + 1 < len(items) else tail)
+        if len(line) + len(piece.rstrip()) > WIDTH and line.strip() and line != margin:
+            lines.append(line.rstrip())
+            line = margin
+        line += piece
+    return "\n".join([*lines, line.rstrip()])[indent:]
+
+
+def members(rows: list[tuple[str, str]], indent: int = 4) -> str:
+    """Lines of `declaration  /* comment */` with the comments in one column."""
+    width = max(len(declaration) for declaration, _ in rows)
+    return "\n".join(" " * indent + f"{declaration:<{width}}  /* {comment} */" for declaration, comment in rows)
+
+
+def c_float(x: float) -> str:
+    """A float literal of nine digits."""
+    text = f"{x:.9g}"
+    return (text if "." in text or "e" in text else text + ".0") + "f"
+
+
+def comment_lines(text: str, prefix: str = " * ") -> str:
+    return "\n".join((prefix + line).rstrip() for line in text.rstrip("\n").split("\n"))
