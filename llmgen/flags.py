@@ -1,0 +1,78 @@
+"""The flags of the generated program: the one table from which its settings, parser, defaults and help are rendered.
+
+- `program_flags(config)` gives the table with the config's `[train]` as defaults.
+- A flag's `field` is its name in the C struct Settings and, where it has one, in `[train]`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from llmgen.config import INT_MAX, Config
+from llmgen.errors import UserError
+
+_C_TYPES = {"text": "const char *", "integer": "int ", "real": "double "}
+
+
+@dataclass(frozen=True)
+class Flag:
+    name: str  # without the dashes
+    short: str  # llm.c's letter, or ""
+    kind: str  # "text", "integer" or "real"
+    metavar: str
+    help: str
+    field: str = ""  # the name with underscores, unless said
+    default: str | int | float | None = None
+    minimum: float = 0
+
+    @property
+    def c_declaration(self) -> str:
+        return f"{_C_TYPES[self.kind]}{self.field};"
+
+    @property
+    def c_default(self) -> str:
+        if self.default is None:
+            return "NULL"
+        return f'"{self.default}"' if self.kind == "text" else repr(self.default)
+
+    @property
+    def c_short(self) -> str:
+        return f'"-{self.short}"' if self.short else '""'
+
+
+FLAGS = (
+    Flag("load", "e", "text", "FILE", "weights to begin with, fp32 or bf16; without it they come from --seed"),
+    Flag("save", "", "text", "FILE", "where the final model goes"),
+    Flag("save-dtype", "", "text", "TYPE", "fp32 or bf16, for --save", default="fp32"),
+    Flag("train-data", "i", "text", "GLOB", "token shards to train on, taken in order"),
+    Flag("val-data", "j", "text", "GLOB", "token shards to validate on"),
+    Flag("tokenizer", "", "text", "FILE", "table of the tokens' texts, to print samples"),
+    Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl"),
+    Flag("steps", "x", "integer", "N", "optimizer steps; -1 is one epoch, 0 trains nothing", minimum=-1),
+    Flag("total-batch-size", "d", "integer", "N", "tokens in an optimizer step: whole micro-batches"),
+    Flag("lr", "l", "real", "X", "learning rate", field="learning_rate"),
+    Flag("weight-decay", "c", "real", "X", "decay of the tensors of rank 2 and more, embeddings included"),
+    Flag("beta1", "", "real", "X", "AdamW: memory of the mean of the gradients"),
+    Flag("beta2", "", "real", "X", "AdamW: memory of their squares"),
+    Flag("epsilon", "", "real", "X", "AdamW: added to the root of their squares"),
+    Flag("grad-clip", "", "real", "X", "largest norm of the gradients; 0 is off"),
+    Flag("val-every", "v", "integer", "N", "validate every N steps, at the first and the last; 0 is never"),
+    Flag("val-steps", "m", "integer", "N", "batches in a validation, always the same ones"),
+    Flag("sample-every", "s", "integer", "N", "print a sample every N steps and at the last; 0 is never"),
+    Flag("sample-length", "g", "integer", "N", "tokens in a sample"),
+    Flag("seed", "", "integer", "N", "of the first weights and of the samples"),
+    Flag("debug-state", "", "text", "FILE", "write loss, logits and gradients of the first step here, and train nothing"),
+)
+
+
+def program_flags(config: Config) -> tuple[Flag, ...]:
+    """The flags with their fields and defaults filled in. Raises UserError where a default does not fit a C int."""
+    defaults = dataclasses.asdict(config.train)
+    defaults["total_batch_size"] = config.train.total_batch_size or config.program.batch_size * config.program.seq_len
+    flags = []
+    for flag in FLAGS:
+        field = flag.field or flag.name.replace("-", "_")
+        default = defaults.get(field, flag.default)
+        if flag.kind == "integer" and default > INT_MAX:
+            raise UserError(f"{config.name}: {field} = {default} is too large; at most {INT_MAX} is supported")
+        flags.append(dataclasses.replace(flag, field=field, default=default))
+    return tuple(flags)
