@@ -6,7 +6,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from llmgen import cpu, memory, models, passes
+from llmgen import cpu, memory, models, ops, passes
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
 from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim, product
@@ -123,7 +123,7 @@ class Memory:
 class Plan:
     config: Config
     target: str
-    profile: "cpu.Profile"
+    profile: cpu.Profile
     graph: Graph
     parameters: tuple[Parameter, ...]
     parameter_values: int  # values of the flat buffer, alignment included
@@ -147,8 +147,8 @@ class Plan:
     @property
     def templates(self) -> list[str]:
         """The op templates they stand in, in the order of their first use."""
-        ops = [op for f in self.graph.functions for op in f.ops() if not isinstance(op.kind, View)]
-        return list(dict.fromkeys(op.kind.template for op in ops))
+        made = [op for f in self.graph.functions for op in f.ops() if not isinstance(op.kind, View)]
+        return list(dict.fromkeys(op.kind.template for op in made))
 
     @property
     def workspace(self) -> int:
@@ -214,8 +214,9 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
     if target != "c":
         raise UserError("target cuda is not built yet; use --target c")
     alignment = ALIGNMENT[target]
-    machine = cpu.profile(profile)
-    chunk = cpu.classifier_chunk(config, machine)
+    machine = cpu.resolve(profile)
+    model, rows = config.model, config.program.batch_size * config.program.seq_len
+    chunk = cpu.chunk_rows(rows, model.padded_vocab_size)
     graph = passes.for_target(models.build(config), target, chunk)
     parameters = _parameter_table(config, graph, alignment)
     planned = {}
@@ -224,6 +225,17 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         planned[name] = _function(function, memory.layout(function, alignment), parameters, alignment)
     last = parameters[-1]
     evaluation_tokens = transformer.evaluation_tokens(config)
+    constants = cpu.constants(
+        machine,
+        linears=_linears(graph),
+        num_heads=model.num_heads,
+        head_size=model.head_size,
+        seq_len=config.program.seq_len,
+        max_seq_len=model.max_seq_len,
+        rows=rows,
+        padded_vocab_size=model.padded_vocab_size,
+    )
+    scratch = {name: value for name, value, _ in constants}
     plan = Plan(
         config=config,
         target=target,
@@ -236,17 +248,26 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         ranges=_ranges(graph, parameters),
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
-        shared_scratch=cpu.shared_scratch(config, machine),
-        thread_scratch=cpu.thread_scratch(config, machine),
+        shared_scratch=scratch["SHARED_SCRATCH"],
+        thread_scratch=scratch["THREAD_SCRATCH"],
         flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
-        sizes=_sizes(config, machine, evaluation_tokens, chunk),
+        sizes=(*_sizes(config, evaluation_tokens), *constants),
     )
     if plan.memory.total(1) >= 2**62:
         raise UserError(f"{config.name}: needs {plan.memory.total(1):.3g} bytes, more than 64-bit offsets reach; make it smaller")
     return plan
 
 
-def _sizes(config: Config, machine: "cpu.Profile", evaluation_tokens: int, chunk: int) -> tuple:
+def _linears(graph: Graph) -> list[tuple[int, int, int]]:
+    """(n, c, oc) of every linear layer: rows, channels in, channels out."""
+    found = {}
+    for op in (op for f in graph.functions for op in f.ops() if op.kind in (ops.LINEAR, ops.LINEAR_GELU)):
+        sizes = op.kind.sizes(op)
+        found[tuple(sizes[name].size for name in ("n", "c", "oc"))] = None
+    return list(found)
+
+
+def _sizes(config: Config, evaluation_tokens: int) -> tuple:
     s = transformer.Sizes.of(config)
     rows = [
         (s.B, "sequences in a micro-batch"),
@@ -260,7 +281,6 @@ def _sizes(config: Config, machine: "cpu.Profile", evaluation_tokens: int, chunk
         (s.VP, "V rounded up to a multiple of 128; the rows past V stay zero"),
         (s.MAXT, "longest sequence the position embeddings reach"),
         (Dim(evaluation_tokens, "EVAL_TOKENS"), "tokens that evaluate takes at most"),
-        (Dim(chunk, "CHUNK"), "rows of logits that exist at a time"),
     ]
     return tuple((d.expr, d.size, comment) for d, comment in rows)
 

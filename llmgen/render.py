@@ -4,8 +4,7 @@ from pathlib import Path
 
 import jinja2
 
-import llmgen
-from llmgen import flags, toolchain
+from llmgen import host, kernels, toolchain
 from llmgen.plan import Call, FunctionPlan, Plan
 
 WIDTH = 120  # columns of the generated source
@@ -42,6 +41,7 @@ def source(plan: Plan) -> str:
     name = f"train_{config.family}"
     sizes = [(f"{name} = {value},", comment) for name, value, comment in plan.sizes]
     context = {
+        **host.context(config),
         "sizes": sizes,
         "parameter_members": [(f"float *{p.name};", f"({p.shape})") for p in plan.parameters],
         "activation_members": _buffer_members(plan.forward_backward),
@@ -49,11 +49,8 @@ def source(plan: Plan) -> str:
         "plan": plan,
         "config": config,
         "model": config.model,
-        "program": name,
-        "version": llmgen.__version__,
-        "functions": plan.functions,
+        "functions": kernels.with_helpers(plan.functions, templates_folder()),
         "compile_line": toolchain.compile_line(name, plan.profile),
-        "flags": flags.table(config),
         "memory": plan.memory,
     }
     return environment().get_template("train.c.j2").render(context)

@@ -1,0 +1,140 @@
+"""The commands: parse, call one function, print. No logic.
+
+Heavy modules are imported where they are used, so that `llmgen --help` is instant.
+"""
+
+import sys
+
+import click
+
+import llmgen
+from llmgen.errors import UserError
+
+
+def options(*decorators):
+    """Several click options as one decorator."""
+
+    def decorate(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+config_options = options(
+    click.option("--config", "source", metavar="C", help="A preset, a TOML file, a HuggingFace folder or a weights file."),
+    click.option("--target", type=click.Choice(["c", "cuda"]), default="c", show_default=True),
+    click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Overrides a field of the config."),
+    click.option("--batch-size", type=int, metavar="N", help="Sequences in a training micro-batch."),
+    click.option("--seq-len", type=int, metavar="N", help="Tokens in each of them."),
+    click.option("--precision", metavar="P", help="fp32, or with target cuda bf16."),
+    click.option("--cpu", default="native", show_default=True, metavar="P", help="Processor profile of the C."),
+    click.option("--arch", metavar="A", help="GPU architecture of the .cu."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(llmgen.__version__, message="llmgen %(version)s")
+def cli():
+    """From a model configuration to one standalone source file that trains it."""
+
+
+@cli.command()
+@click.option("--show", metavar="NAME", help="Prints one preset as TOML.")
+def configs(show):
+    """Lists the presets with their sizes."""
+    from llmgen import config, models, report
+
+    if show:
+        if show not in config.presets():
+            raise UserError(f"no preset '{show}'; presets: {', '.join(config.presets())}")
+        click.echo(config.load(show).to_toml(), nl=False)
+    else:
+        listed = [config.load(name) for name in config.presets()]
+        click.echo(report.configs([(c, models.count(c)) for c in listed]))
+
+
+@cli.command()
+@config_options
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@click.option("--memory", metavar="SIZE", help="Answers with the largest batch size that fits, as in 24GB.")
+def plan(as_json, memory, **choices):
+    """Shows tensors, memory and flops before anything is compiled."""
+    import json
+
+    from llmgen import program, report
+
+    config = program.config(**choices)
+    if memory:
+        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], memory))
+        return
+    made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
+    threads = program.threads()
+    click.echo(json.dumps(made.to_json(threads), indent=1) if as_json else report.plan(made, threads))
+
+
+@cli.command()
+@config_options
+@click.option("--out", metavar="DIR", help="The folder for source and program.")
+@click.option("--no-compile", is_flag=True, help="Leaves only the source.")
+def build(out, no_compile, **choices):
+    """Renders and compiles the program of a config."""
+    from llmgen import program
+
+    config = program.config(**choices)
+    built = program.build(config, choices["target"], choices["cpu"], choices["arch"], out, compile=not no_compile)
+    click.echo(built.source)
+    click.echo(built.compile_line)
+    if not no_compile:
+        click.echo(built.program)
+
+
+@cli.command(context_settings={"ignore_unknown_options": False})
+@config_options
+@click.option("--out", metavar="DIR", help="The folder for source, program, model.bin and metrics.jsonl.")
+@click.argument("flags", nargs=-1, metavar="[-- PROGRAM FLAGS]")
+def run(out, flags, **choices):
+    """Builds if needed, then trains: on the built-in corpus if no data is named. Ends with a sample."""
+    from llmgen import program
+
+    config = program.config(**choices)
+    sys.exit(program.run(config, choices["target"], choices["cpu"], choices["arch"], out, list(flags)))
+
+
+@cli.command()
+@config_options
+def verify(**choices):
+    """Compares the program with the float64 reference, tensor by tensor."""
+    from llmgen import program
+    from llmgen.verify import verify
+
+    config = program.config(**choices)
+
+    def build(config, folder):
+        return program.build(config, choices["target"], choices["cpu"], choices["arch"], folder).program
+
+    sys.exit(0 if verify(config, build, click.echo) else 1)
+
+
+def main():
+    """The entry point: exit statuses and one-line errors, as for every failure."""
+    try:
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        fail(1, str(error))
+    except click.UsageError as error:
+        where = f"{error.ctx.command_path}: " if error.ctx and error.ctx.parent else ""
+        fail(2, f"{where}{error.format_message()} (--help lists what there is)".replace("\n", " "))
+    except click.ClickException as error:
+        fail(1, error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stdout = None
+        sys.exit(1)
+
+
+def fail(status, message):
+    click.echo(f"llmgen: {message}", err=True)
+    sys.exit(status)

@@ -1,0 +1,126 @@
+"""What the commands do with a config: plan it, build its program, run it."""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmgen import config as configs
+from llmgen import plan as plans
+from llmgen.config import Config
+from llmgen.errors import UserError
+from llmgen.plan import Plan
+
+
+@dataclass(frozen=True)
+class Built:
+    source: Path
+    compile_line: str
+    program: Path
+
+
+def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None) -> Config:
+    """The config that the command line names."""
+    overrides = configs.parse_overrides(settings)
+    flags = {"batch_size": batch_size, "seq_len": seq_len, "precision": precision}
+    overrides |= {key: value for key, value in flags.items() if value is not None}
+    return configs.load(source, target=target, overrides=overrides)
+
+
+def plan(config: Config, target: str, cpu: str, arch: str | None) -> Plan:
+    return plans.make(config, target, cpu)
+
+
+def threads() -> int:
+    """Threads that an OpenMP program would use here."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def folder(config: Config, out: str | os.PathLike | None) -> Path:
+    """Where source and program go, made with its parents."""
+    path = Path(out) if out else Path("generated") / config.name
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+    return path
+
+
+def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
+    """Render the source, and compile it where it changed. Raises UserError."""
+    from llmgen import render, toolchain
+    from llmgen.formats import files
+
+    made = plan(config, target, cpu, arch)
+    text = render.source(made)
+    where = folder(config, out)
+    name = f"train_{config.family}"
+    source = where / f"{name}.c"
+    if not source.is_file() or source.read_text() != text:
+        with files.replacing(source) as output:
+            output.write(text.encode())
+    program = where / name
+    if compile:
+        line = toolchain.compile(source, program, made.profile)
+    else:
+        line = toolchain.compile_line(name, made.profile)
+    return Built(source, line, program)
+
+
+def run(config, target, cpu, arch, out, flags: list[str]) -> int:
+    """Build, prepare the built-in corpus if no data is named, train, end with a sample. Returns the exit status."""
+    from llmgen import data, runner
+
+    built = build(config, target, cpu, arch, out)
+    where = built.program.parent
+    given = {flag.split("=")[0] for flag in flags}
+    defaults = []
+    if not given & {"--train-data", "-i", "--help", "-h", "--version"}:
+        corpus = data.builtin_corpus(config.model.vocab_size)
+        defaults += ["--train-data", str(corpus / "train_*.bin")]
+        if not given & {"--val-data", "-j"}:
+            defaults += ["--val-data", str(corpus / "val_*.bin")]
+        if not given & {"--tokenizer"}:
+            defaults += ["--tokenizer", str(corpus / "tokenizer.bin")]
+    if not given & {"--save", "--debug-state"}:
+        defaults += ["--save", str(where / "model.bin")]
+    if not given & {"--log-dir", "-o"}:
+        defaults += ["--log-dir", str(where)]
+    sys.stdout.flush()
+    return runner.run(built.program, [*defaults, *flags])
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "24GB", "512 MiB", "1e9". Raises UserError."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([kmgtKMGT]?i?)[bB]?\s*", text)
+    try:
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"--memory {text}: expected a size such as 24GB or 512MiB") from None
+
+
+def largest_batch(config: Config, target: str, cpu: str, memory: str) -> str:
+    """One line: the largest batch size whose plan fits in so much memory. Raises UserError if not even 1 does."""
+    limit, n = parse_size(memory), threads()
+
+    def total(batch_size: int) -> int:
+        return plans.make(config.replace(batch_size=batch_size, total_batch_size=0), target, cpu).memory.total(n)
+
+    if total(1) > limit:
+        raise UserError(f"{config.name}: batch_size = 1 needs {total(1):,} bytes, more than {limit:,}; lower seq_len or the model")
+    most = configs.INT_MAX // 8 // config.program.seq_len
+    low, high = 1, 2
+    while high <= most and total(high) <= limit:
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(middle) <= limit else (low, middle)
+    return f"largest batch_size: {low} (x {config.program.seq_len} tokens): {total(low):,} of {limit:,} bytes, {n} threads"
