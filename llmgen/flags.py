@@ -60,7 +60,7 @@ FLAGS = (
     Flag("sample-every", "s", "integer", "N", "print a sample every N steps and at the last; 0 is never"),
     Flag("sample-length", "g", "integer", "N", "tokens in a sample"),
     Flag("seed", "", "integer", "N", "of the first weights and of the samples"),
-    Flag("debug-state", "", "text", "FILE", "write loss, logits and gradients of the first step here, and train nothing"),
+    Flag("debug-state", "", "text", "FILE", "write logits, loss and gradients of the first step here; train nothing"),
 )
 
 
