@@ -65,9 +65,10 @@ class _Differentiation:
         ops = self._ops(segment.ops, inner)
         carry = []
         for initial, inside, source, target in incoming:
-            handed_on = inner[source.name]
-            if handed_on is inside and source is not target:
-                raise ValueError(f"block {segment.name} never reads what it carries in {source.name}")
+            handed_on = inner.get(source.name)
+            if handed_on is None:  # the block never reads what it is handed
+                handed_on = self._fresh(source)
+                ops.append(Op(ZERO, {}, {"out": handed_on}, {"like": source}))
             final = self._fresh(target)
             carry.append(Carry(initial, inside, handed_on, final))
             gradients[target.name] = final

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from llmgen import ops
 from llmgen.graph import ITEM_SIZE, Carry, Dim, Function, Op, Segment, Tensor, View, dim, product
+from llmgen.passes import fusion
 
 FOREVER = 1 << 30
 
@@ -60,28 +61,41 @@ def aligned(size: int, alignment: int) -> int:
 
 def with_copies(function: Function) -> Function:
     """Insert the copies that let every carry have memory of its own. Most functions need none."""
-    segments = list(function.segments)
-    for i, segment in enumerate(segments):
-        times = _Times(function.replace(segments=tuple(segments)))
-        copies, tail, carries = [], [], []
-        claimed: set[str] = set()
-        for c in segment.carry:
-            saved = times.is_saved(c)
-            initial, handed_on = c.initial, c.next
-            shared = times.last[initial.name] > times.begin[i] or initial.name in claimed
-            if initial.role == "input" or shared and not saved or initial.name in times.finals or initial.name in claimed:
-                initial = Tensor(f"{c.inside.name}_initial", c.inside.shape, c.inside.dtype)
-                copies.append(Op(ops.COPY, {"inp": c.initial}, {"out": initial}))
-            claimed.add(initial.name)
-            if not saved and not times.hands_over(c, i):
-                handed_on = Tensor(f"{c.next.name}_carried", c.next.shape, c.next.dtype)
-                tail.append(Op(ops.COPY, {"inp": c.next}, {"out": handed_on}))
-            carries.append(Carry(initial, c.inside, handed_on, c.final))
-        if copies:
-            assert i and not segments[i - 1].carry, f"segment {segment.name} needs a segment before it for its copies"
-            segments[i - 1] = segments[i - 1].replace(ops=(*segments[i - 1].ops, *copies))
-        segments[i] = segment.replace(ops=(*segment.ops, *tail), carry=tuple(carries))
-    return function.replace(segments=tuple(segments))
+    while (changed := _with_one_copy(function)) is not None:
+        function = changed
+    return function
+
+
+def _with_one_copy(function: Function) -> Function | None:
+    times = _Times(function)
+    initials: set[str] = set()
+    for i, segment in enumerate(function.segments):
+        handed_on: set[str] = set()
+        for j, c in enumerate(segment.carry):
+            saved, name = times.is_saved(c), c.initial.name
+            read_later = not saved and name in times.last and times.last[name] > times.begin[i]
+            if name in times.inputs | times.finals | initials or read_later:
+                own = Tensor(f"{c.inside.name}_initial", c.inside.shape, c.inside.dtype)
+                before = Segment(f"copies for {segment.name}", (_copy(c.initial, own),))
+                block = _with_carry(segment, j, Carry(own, c.inside, c.next, c.final))
+                segments = (*function.segments[:i], before, block, *function.segments[i + 1 :])
+                return fusion.join_segments(function.replace(segments=segments))
+            if c.next.name in handed_on or not times.hands_over(c, i, saved):
+                own = Tensor(f"{c.inside.name}_next", c.inside.shape, c.inside.dtype)
+                block = segment.replace(ops=(*segment.ops, _copy(c.next, own)))
+                block = _with_carry(block, j, Carry(c.initial, c.inside, own, c.final))
+                return function.replace(segments=(*function.segments[:i], block, *function.segments[i + 1 :]))
+            initials.add(name)
+            handed_on.add(c.next.name)
+    return None
+
+
+def _copy(source: Tensor, target: Tensor) -> Op:
+    return Op(ops.COPY, {"inp": source}, {"out": target})
+
+
+def _with_carry(segment: Segment, j: int, carry: Carry) -> Segment:
+    return segment.replace(carry=(*segment.carry[:j], carry, *segment.carry[j + 1 :]))
 
 
 @dataclass
@@ -165,10 +179,14 @@ class _Times:
         home = self.home.get(t.name)
         return home is not None and bool(self.readers[t.name] - {home})
 
-    def hands_over(self, c: Carry, i: int) -> bool:
-        """Whether the block can write what it hands on where it found what it was handed."""
-        if c.next.name not in self.made or self.home.get(c.next.name) != i or c.next == c.inside:
-            return c.next == c.inside
+    def hands_over(self, c: Carry, i: int, saved: bool) -> bool:
+        """Whether the block can write what it hands on where it goes: a slot of its own, or where it found what it was handed."""
+        if c.next == c.inside:
+            return not saved
+        if self.home.get(c.next.name) != i or all(c.next not in op.outputs.values() for op in self.function.segments[i].ops):
+            return False
+        if saved:
+            return True
         if self.last[c.inside.name] < self.made[c.next.name]:
             return True
         producer = next(op for op in self.function.segments[i].ops if c.next in op.outputs.values())

@@ -136,6 +136,7 @@ class Plan:
     thread_scratch: int  # values for each thread
     flops: int  # of one forward_backward
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
+    reals: tuple[tuple[str, float, str], ...]  # the same for constants that are no integers
 
     @property
     def functions(self) -> frozenset[str]:
@@ -252,6 +253,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         thread_scratch=scratch["THREAD_SCRATCH"],
         flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
+        reals=(("LN_EPSILON", transformer.LAYERNORM_EPSILON, "added to the variance in a layer norm"),),
     )
     if plan.memory.total(1) >= 2**62:
         raise UserError(f"{config.name}: needs {plan.memory.total(1):.3g} bytes, more than 64-bit offsets reach; make it smaller")

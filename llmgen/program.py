@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ class Built:
     source: Path
     compile_line: str
     program: Path
+    notice: str = ""  # what the user should know about the build
 
 
 def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None) -> Config:
@@ -64,11 +66,10 @@ def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
         with files.replacing(source) as output:
             output.write(text.encode())
     program = where / name
-    if compile:
-        line = toolchain.compile(source, program, made.profile)
-    else:
-        line = toolchain.compile_line(name, made.profile)
-    return Built(source, line, program)
+    if not compile:
+        return Built(source, shlex.join(toolchain.c_command(source, program, made.profile.flags)), program)
+    done = toolchain.build_c(source, program, made.profile.flags)
+    return Built(source, done.line, program, done.notice)
 
 
 def run(config, target, cpu, arch, out, flags: list[str]) -> int:

@@ -116,17 +116,15 @@ def verify(config: Config, build: Callable[[Config, Path], Path], say: Callable[
         inputs = ["--load", "model.bin", "--train-data", "train.bin"]
         _run(program, folder, [*inputs, "--debug-state", "state.bin"])
         state = debug_state.read(folder / "state.bin", config.model.vocab_size, shapes)
+        rows = _compare_state(config, graph, parameters, text, state)
+        for row in rows:
+            say(str(row))
         settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0}
         given = ["--lr", "1e-3", "--weight-decay", "0.1", "--grad-clip", "1.0", "--val-every", "0"]
         _run(program, folder, [*inputs, *given, "--steps", str(steps), "--log-dir", "log"])
         lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
-        rows = [*_compare_state(config, graph, parameters, text, state)]
-        del state
-    for row in rows:
-        say(str(row))
-    steps_row = _compare_steps(config, graph, parameters, text, lines, settings)
-    say(str(steps_row))
-    rows.append(steps_row)
+    rows.append(_compare_steps(config, graph, parameters, text, lines, settings))
+    say(str(rows[-1]))
     worst = max(rows, key=lambda row: (not row.ok, row.error / row.limit))
     passed = all(row.ok for row in rows)
     say(f"verify: {'ok' if passed else 'FAILED'} ({'worst ' if passed else ''}{worst.name} {worst.error:.1e})")

@@ -50,7 +50,7 @@ class LayerNormBackward(Kind):
         *("dinp", "dweight", "dbias", "dout", "inp", "mean", "rstd", "weight", "addend", "n", "c"),
         "accumulate",
     )
-    in_place = {"dinp": ("addend", "dout")}  # noqa: RUF012
+    in_place = {"dinp": ("addend",)}  # noqa: RUF012
     addends = {"dinp": "addend"}  # noqa: RUF012
 
     def infer(self, inputs, attrs):
