@@ -139,13 +139,6 @@ class Output:
             while rest.nbytes:
                 rest = rest[self._file.write(rest) :]
 
-    def rewrite_start(self, data: bytes, length: int) -> None:
-        """Cuts the file to `length` bytes and replaces the first ones. For regular files, just before `finish`."""
-        with self._reported():
-            self._file.truncate(length)
-            self._file.seek(0)
-            self._file.write(data)
-
     def finish(self) -> None:
         """Syncs and closes; nothing more can be written."""
         if self._file is None:
@@ -155,6 +148,15 @@ class Output:
             with file:
                 if self.temporary:
                     os.fsync(file.fileno())
+
+    def amend(self, data: bytes, length: int) -> None:
+        """After `finish`: cuts the file to `length` bytes and replaces the first ones. Regular files only."""
+        if not self.temporary:
+            raise UserError(f"{self.path}: is not a regular file; remove it or write elsewhere")
+        with self._reported(), open(self.temporary, "r+b", buffering=0) as file:
+            file.truncate(length)
+            file.write(data)
+            os.fsync(file.fileno())
 
     def commit(self) -> None:
         """Puts the file in its place."""

@@ -1,0 +1,442 @@
+"""HuggingFace models (GPT2LMHeadModel) to our weights and back.
+
+- A source is a folder (config.json, model.safetensors or its shards), a `.safetensors` file, or a hub id. An existing
+  path wins; a name that begins with `/` or `.` never goes to the hub. `HF_ENDPOINT` and the hub's cache are honoured.
+- Pickles are never opened. Every tensor is expected by name and shape; anything else is refused by name.
+- Tensors stream through, one at a time and large ones in blocks: memory does not grow with the model's depth.
+- GPT-2 there stores a linear layer's weight as (in, out); here it is (out, in). The head is the token embedding.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmgen.config import Config, ModelConfig, ProgramConfig, from_tables
+from llmgen.errors import UserError
+from llmgen.formats import debug_state, files, weights
+
+PREFIX = "transformer."
+HEAD = "lm_head.weight"
+BLOCK = 1 << 22  # values of a large tensor read at a time
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # of safetensors; bf16 as its bits
+
+# Our name -> theirs; {} is the layer.
+NAMES = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "ln1w": "h.{}.ln_1.weight",
+    "ln1b": "h.{}.ln_1.bias",
+    "qkvw": "h.{}.attn.c_attn.weight",
+    "qkvb": "h.{}.attn.c_attn.bias",
+    "attprojw": "h.{}.attn.c_proj.weight",
+    "attprojb": "h.{}.attn.c_proj.bias",
+    "ln2w": "h.{}.ln_2.weight",
+    "ln2b": "h.{}.ln_2.bias",
+    "fcw": "h.{}.mlp.c_fc.weight",
+    "fcb": "h.{}.mlp.c_fc.bias",
+    "fcprojw": "h.{}.mlp.c_proj.weight",
+    "fcprojb": "h.{}.mlp.c_proj.bias",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
+TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files hold
+
+# What config.json must say: every value that computes the same as ours; the first is the default.
+EXPRESSIBLE = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+SIZES = {  # our field -> theirs
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "channels": "n_embd",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+}
+DEFAULT_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def config_tables(source: str | os.PathLike, note: Callable[[str], None] | None = None) -> dict:
+    """The tables of a TOML file for a model's config.json. source: the file, or the folder it is in.
+
+    note: called with a line for what is ignored. Raises UserError for a config that cannot be expressed.
+    """
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    given = _read_json(path)
+
+    def refuse(key: str, value, wanted: str):
+        raise UserError(f"{path}: {key} = {json.dumps(value)} cannot be expressed; only {wanted} can")
+
+    if given.get("model_type", "gpt2") != "gpt2":
+        refuse("model_type", given["model_type"], '"gpt2"')
+    for architecture in given.get("architectures") or ["GPT2LMHeadModel"]:
+        if architecture not in ("GPT2LMHeadModel", "GPT2Model"):
+            refuse("architectures", given["architectures"], '["GPT2LMHeadModel"]')
+    if "model_type" not in given and "architectures" not in given:
+        raise UserError(f"{path}: names neither model_type nor architectures; it is not a model's config.json")
+    for key, values in EXPRESSIBLE.items():
+        if given.get(key, values[0]) not in values:
+            refuse(key, given[key], " or ".join(json.dumps(value) for value in values))
+    model = {}
+    for name, theirs in SIZES.items():
+        model[name] = given.get(theirs, DEFAULT_SIZES[theirs])
+        if type(model[name]) is not int or model[name] < 1:
+            refuse(theirs, model[name], "a positive whole number")
+    if given.get("n_inner") not in (None, 4 * model["channels"]):
+        refuse("n_inner", given["n_inner"], f"4 * n_embd = {4 * model['channels']}")
+    dropouts = [f"{key} = {given[key]}" for key in DROPOUTS if given.get(key)]
+    if note and dropouts:
+        note(f"{path}: dropout is ignored ({', '.join(dropouts)}); llmgen trains without")
+    return {
+        "family": "gpt2",
+        "model": model,
+        "program": {"seq_len": min(ProgramConfig.seq_len, model["max_seq_len"])},
+    }
+
+
+def export_weights(
+    source: str,
+    out: str | os.PathLike,
+    dtype: str = "fp32",
+    config: Config | None = None,
+    note: Callable[[str], None] = print,
+) -> Config:
+    """Converts a hub id, a folder or a `.safetensors` file to a weights file. Returns the model's config.
+
+    dtype: fp32, or bf16 (rounded to nearest even). config: instead of the config.json beside the weights. note: called
+    with a line for what is ignored. Raises UserError.
+    """
+    if dtype not in weights.VERSIONS:
+        raise UserError(f"--dtype {dtype} is not known; use {' or '.join(weights.VERSIONS)}")
+    folder, shards = locate(source, with_config=config is None)
+    if config is None:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{source}: there is no config.json beside it; put it there or name one with --config")
+        tables = config_tables(folder / "config.json", note)
+        config = from_tables(folder.name, tables, str(folder / "config.json"))
+    shapes = _shapes(config)
+    stored = open_safetensors(shards)
+    _check_tensors(source, stored, config, shapes)
+    _check_head(source, stored)
+    weights.write(out, config.model, shapes, _converted(stored, config.model, shapes), dtype)
+    return config
+
+
+def import_weights(
+    file: str | os.PathLike, out: str | os.PathLike, state: str | os.PathLike | None = None
+) -> list[Path]:
+    """Converts a weights file to a folder that `transformers` loads; returns the files written.
+
+    They are config.json, generation_config.json and model.safetensors, in the file's own precision. state: a debug
+    state of these weights, whose gradients become gradients.safetensors, float32, under the same names.
+    Raises UserError.
+    """
+    config = from_tables(Path(file).stem, weights.config_tables(file), os.fspath(file))
+    shapes = _shapes(config)
+    tensors = weights.read(file, shapes)
+    gradients = debug_state.read(state, config.model.vocab_size, shapes).gradients if state is not None else None
+    with files.folder(out) as folder, files.replacing_all() as open_output:
+        written = {
+            "config.json": _to_json(_config_json(config.model, tensors.dtype)),
+            "generation_config.json": _to_json({"_from_model_config": True, **_special_ids(config.model)}),
+        }
+        for name, data in written.items():
+            open_output(folder / name).write(data)
+        _write_safetensors(open_output(folder / SINGLE), config.model, tensors)
+        names = [*written, SINGLE]
+        if gradients is not None:
+            names.append("gradients.safetensors")
+            _write_safetensors(open_output(folder / names[-1]), config.model, gradients)
+        return [folder / name for name in names]
+
+
+# The source: a folder, a file or the hub.
+
+
+def locate(source: str, with_config: bool = True) -> tuple[Path, list[Path]]:
+    """The folder of config.json, and the safetensors files, fetched from the hub if need be. Raises UserError."""
+    source = os.fspath(source)
+    path = Path(source)
+    if path.is_dir():
+        return path, _files_of_folder(source, lambda name: path / name if (path / name).is_file() else None)
+    if path.exists():
+        if source.endswith(PICKLES) and not _is_ours(path):
+            raise UserError(f"{source}: is a pickle, which can run code when opened; {_SAVE_HINT}")
+        if not source.endswith(".safetensors"):
+            what = "is a weights file of ours already" if _is_ours(path) else "is no .safetensors file"
+            raise UserError(f"{source}: {what}; name a hub id, a folder or a .safetensors file")
+        return path.parent, [path]
+    if source.startswith(("/", ".")) or source.endswith((".safetensors", *PICKLES)):
+        raise UserError(f"{source}: no such file or folder")
+    return _from_hub(source, with_config)
+
+
+_SAVE_HINT = "load it where you trust it and save it with save_pretrained(folder, safe_serialization=True)"
+
+
+def _is_ours(path: Path) -> bool:
+    with files.reading(path) as file:
+        return file.read(4) == files.header(weights.MAGIC)[:4]
+
+
+def _files_of_folder(source: str, get: Callable[[str], Path | None]) -> list[Path]:
+    """The safetensors files of a model. get: a file's path by its name, None if there is none."""
+    index = get(INDEX)
+    if index is not None:
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise UserError(f"{source}: {INDEX} has no weight_map from tensors to files")
+        shards = []
+        for name in sorted(set(named.values())):
+            if "/" in name or os.sep in name or not name.endswith(".safetensors"):
+                raise UserError(f"{source}: {INDEX} names {name!r}, which is not a safetensors file of the folder")
+            shard = get(name)
+            if shard is None:
+                raise UserError(f"{source}: has no {name}, which {INDEX} names")
+            shards.append(shard)
+        return shards
+    single = get(SINGLE)
+    if single is not None:
+        return [single]
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin"):
+        if get(name) is not None:
+            raise UserError(f"{source}: has only a pickle ({name}), which can run code when opened; {_SAVE_HINT}")
+    raise UserError(f"{source}: has neither {SINGLE} nor {INDEX}")
+
+
+def _from_hub(source: str, with_config: bool) -> tuple[Path, list[Path]]:
+    import sys
+
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    huggingface_hub.logging.set_verbosity_error()  # stderr holds one line, and only for a failure
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+    def get(name: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(source, name))
+        except errors.LocalEntryNotFoundError:  # no network, and not in the cache; also an EntryNotFoundError
+            raise
+        except errors.EntryNotFoundError:
+            return None
+
+    try:
+        config = get("config.json")
+        if config is None and with_config:
+            raise UserError(f"{source}: has no config.json on the hub; name one with --config")
+        shards = _files_of_folder(source, get)
+    except UserError:
+        raise
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{source}: the hub wants an accepted licence; accept it there and log in with hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{source}: neither an existing path nor a model on the hub (a private one needs hf auth login)"
+        ) from None
+    except errors.HFValidationError:
+        raise UserError(f"{source}: neither an existing path nor a hub id such as openai-community/gpt2") from None
+    except Exception as error:  # every version of the client has its own network errors
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise UserError(f"{source}: cannot be fetched from the hub: {reason}") from None
+    return (config or shards[0]).parent, shards
+
+
+# safetensors: 8 bytes of header length, a JSON header, the tensors.
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    name: str  # as in the file
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` values from value `start` on, as a flat float array."""
+        stored = np.dtype(DTYPES[self.dtype])
+        values = files.read_values(self.path, stored, self.offset + start * stored.itemsize, count)
+        return weights.bf16_to_fp32(values) if self.dtype == "BF16" else values
+
+
+def open_safetensors(paths: list[Path]) -> dict[str, Stored]:
+    """The tensors of these files by name, without the prefix. The library checks each header. Raises UserError."""
+    import safetensors
+
+    tensors: dict[str, Stored] = {}
+    for path in paths:
+        with files.reading(path):
+            pass
+        try:
+            with safetensors.safe_open(path, framework="np"):
+                pass
+        except Exception as error:
+            raise UserError(f"{path}: is not a safetensors file: {str(error).splitlines()[0]}") from None
+        with files.reading(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES and not BUFFERS.fullmatch(name.removeprefix(PREFIX)):
+                known = ", ".join(DTYPES)
+                raise UserError(f"{path}: tensor {name} has type {entry['dtype']}; only {known} can be converted")
+            key = name.removeprefix(PREFIX)
+            if key in tensors:
+                raise UserError(f"{path}: tensor {name} is there twice (as {tensors[key].name} in {tensors[key].path})")
+            offset = 8 + length + entry["data_offsets"][0]
+            tensors[key] = Stored(path, name, entry["dtype"], tuple(entry["shape"]), offset)
+    return tensors
+
+
+def _write_safetensors(output: files.Output, model: ModelConfig, tensors: weights.Tensors) -> None:
+    """All tensors under their names there, in the precision of `tensors`, one layer's tensor at a time."""
+    dtype = {"fp32": "F32", "bf16": "BF16"}[tensors.dtype]
+    item = np.dtype(DTYPES[dtype]).itemsize
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    expected = _expected(model, tensors.shapes)
+    for theirs, (_, _, shape) in expected.items():
+        end = at + math.prod(shape) * item
+        header[PREFIX + theirs] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    output.write(len(text).to_bytes(8, "little") + text)
+    for name, layer, shape in expected.values():
+        count = math.prod(shape)
+        first = layer * math.prod(tensors.shapes[name][1:])  # 0 for tensors without layers
+        if name in TRANSPOSED:
+            output.write(np.ascontiguousarray(tensors.stored(name, first, count).reshape(shape[::-1]).T))
+            continue
+        for start in range(0, count, BLOCK):
+            output.write(tensors.stored(name, first + start, min(BLOCK, count - start)))
+
+
+# Names and shapes.
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    from llmgen import models
+
+    shapes = models.parameter_shapes(config)
+    unknown = [name for name in shapes if name not in NAMES]
+    if unknown:
+        raise UserError(f"parameter {unknown[0]} has no name in a HuggingFace GPT-2")
+    return shapes
+
+
+def _expected(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Their name -> our name, layer, their shape; in our order."""
+    expected = {}
+    for name, shape in shapes.items():
+        layers = shape[0] if "{}" in NAMES[name] else 1
+        each = shape[1:] if "{}" in NAMES[name] else shape
+        each = (model.vocab_size, *each[1:]) if name == "wte" else each
+        each = each[::-1] if name in TRANSPOSED else each
+        for layer in range(layers):
+            expected[NAMES[name].format(layer)] = (name, layer, each)
+    return expected
+
+
+def _check_tensors(source: str, stored: dict[str, Stored], config: Config, shapes) -> None:
+    expected = _expected(config.model, shapes)
+    for name in stored:
+        if name not in expected and name != HEAD and not BUFFERS.fullmatch(name):
+            raise UserError(
+                f"{source}: tensor {stored[name].name} is not part of this GPT-2; does its config.json fit?"
+            )
+    for name, (_, _, shape) in expected.items():
+        if name not in stored:
+            raise UserError(f"{source}: tensor {name} is missing; does its config.json fit?")
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{source}: tensor {stored[name].name} has shape {stored[name].shape}, expected {shape}; "
+                "does its config.json fit?"
+            )
+
+
+def _check_head(source: str, stored: dict[str, Stored]) -> None:
+    """The head, where the file holds it, must be the token embedding."""
+    head, embedding = stored.get(HEAD), stored["wte.weight"]
+    if head is None:
+        return
+    same = head.shape == embedding.shape
+    count = math.prod(embedding.shape) if same else 0
+    for start in range(0, count, BLOCK):
+        part = min(BLOCK, count - start)
+        same = same and np.array_equal(head.read(start, part), embedding.read(start, part), equal_nan=True)
+    if not same:
+        raise UserError(f"{source}: {head.name} differs from {embedding.name}; only a tied head can be expressed")
+
+
+def _converted(stored: dict[str, Stored], model: ModelConfig, shapes) -> Iterator[tuple[str, np.ndarray]]:
+    """(our name, values) in our order: the layers of a tensor one after the other, large ones in blocks."""
+    for theirs, (name, _, shape) in _expected(model, shapes).items():
+        count = math.prod(shape)
+        if name in TRANSPOSED:
+            yield name, stored[theirs].read(0, count).reshape(shape).T
+            continue
+        for start in range(0, count, BLOCK):
+            yield name, stored[theirs].read(start, min(BLOCK, count - start))
+        if name == "wte":
+            yield name, np.zeros(math.prod(shapes[name]) - count, np.float32)
+
+
+# JSON.
+
+
+def _config_json(model: ModelConfig, dtype: str) -> dict:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(model, name) for name, theirs in SIZES.items()},
+        "n_inner": None,
+        **{key: values[0] for key, values in EXPRESSIBLE.items() if values[0] is not None},
+        **dict.fromkeys(DROPOUTS, 0.0),
+        **_special_ids(model),
+        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+    }
+
+
+def _special_ids(model: ModelConfig) -> dict:
+    """End-of-text of the two vocabularies that we know by their size. (Their default is GPT-2's, whatever the size.)"""
+    end_of_text = model.vocab_size - 1 if model.vocab_size in (257, 50257) else None
+    return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+
+
+def _to_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict:
+    with files.reading(path) as file:
+        data = file.readall()
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
