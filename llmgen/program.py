@@ -18,6 +18,7 @@ class Built:
     source: Path
     compile_line: str
     program: Path
+    notice: str = ""  # what the user should know about it, one line
 
 
 def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None) -> Config:
@@ -65,10 +66,9 @@ def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
             output.write(text.encode())
     program = where / name
     if compile:
-        line = toolchain.compile(source, program, made.profile)
-    else:
-        line = toolchain.compile_line(name, made.profile)
-    return Built(source, line, program)
+        result = toolchain.compile(source, program, made.profile)
+        return Built(source, result.line, program, result.notice)
+    return Built(source, toolchain.compile_line(name, made.profile), program)
 
 
 def run(config, target, cpu, arch, out, flags: list[str]) -> int:
@@ -76,6 +76,8 @@ def run(config, target, cpu, arch, out, flags: list[str]) -> int:
     from llmgen import data, runner
 
     built = build(config, target, cpu, arch, out)
+    if built.notice:
+        print(built.notice)
     where = built.program.parent
     given = {flag.split("=")[0] for flag in flags}
     defaults = []
