@@ -88,6 +88,8 @@ def build(out, no_compile, **choices):
     click.echo(built.compile_line)
     if not no_compile:
         click.echo(built.program)
+    if built.notice:
+        click.echo(built.notice)
 
 
 @cli.command(context_settings={"ignore_unknown_options": False})

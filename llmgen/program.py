@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ class Built:
     source: Path
     compile_line: str
     program: Path
-    notice: str = ""  # what the user should know about the build
+    notice: str = ""  # what the user should know about it, one line
 
 
 def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None) -> Config:
@@ -66,10 +65,10 @@ def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
         with files.replacing(source) as output:
             output.write(text.encode())
     program = where / name
-    if not compile:
-        return Built(source, shlex.join(toolchain.c_command(source, program, made.profile.flags)), program)
-    done = toolchain.build_c(source, program, made.profile.flags)
-    return Built(source, done.line, program, done.notice)
+    if compile:
+        result = toolchain.compile(source, program, made.profile)
+        return Built(source, result.line, program, result.notice)
+    return Built(source, toolchain.compile_line(name, made.profile), program)
 
 
 def run(config, target, cpu, arch, out, flags: list[str]) -> int:
@@ -77,6 +76,8 @@ def run(config, target, cpu, arch, out, flags: list[str]) -> int:
     from llmgen import data, runner
 
     built = build(config, target, cpu, arch, out)
+    if built.notice:
+        print(built.notice)
     where = built.program.parent
     given = {flag.split("=")[0] for flag in flags}
     defaults = []

@@ -50,7 +50,7 @@ def source(plan: Plan) -> str:
         "config": config,
         "model": config.model,
         "functions": kernels.with_helpers(plan.functions, templates_folder()),
-        "compile_line": " ".join(toolchain.c_command(f"{name}.c", name, plan.profile.flags)),
+        "compile_line": toolchain.compile_line(name, plan.profile),
         "memory": plan.memory,
     }
     return environment().get_template("train.c.j2").render(context)

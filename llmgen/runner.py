@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +29,21 @@ def run(program: str | Path, flags: Sequence[str]) -> int:
     """
     live = sys.stdout.isatty() and sys.stderr.isatty()
     sys.stdout.flush()
-    try:
-        child = subprocess.Popen(
-            [os.path.abspath(program), *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if live else None,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise UserError(f"{program}: cannot be started: {error.strerror or error}") from None
-    with child, _forwarding_signals(child):
-        if live:
-            _show(child.stdout)
-        status = child.wait()
+    with _forwarding_signals() as started:
+        try:
+            child = subprocess.Popen(
+                [os.path.abspath(program), *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if live else None,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UserError(f"{program}: cannot be started: {error.strerror or error}") from None
+        started(child)
+        with child:
+            if live:
+                _show(child.stdout)
+            status = child.wait()
     if status < 0:
         name = signal.Signals(-status).name
         if name not in ("SIGINT", "SIGTERM", "SIGKILL"):
@@ -51,19 +53,32 @@ def run(program: str | Path, flags: Sequence[str]) -> int:
 
 
 @contextmanager
-def _forwarding_signals(child: subprocess.Popen) -> Iterator[None]:
+def _forwarding_signals() -> Iterator[Callable[[subprocess.Popen], None]]:
+    """Signals go to the program; yields the function to call with it as soon as it runs."""
+    children, early = [], []
+
+    def started(child):
+        children.append(child)
+        for number in early:
+            child.send_signal(number)
+
     def forward(number, _frame):
-        child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        early.append(number)
+        for child in children:
+            child.send_signal(number)
 
     def pause(_number, _frame):  # Ctrl-Z
-        child.send_signal(signal.SIGSTOP)
+        for child in children:
+            child.send_signal(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
-        child.send_signal(signal.SIGCONT)
+        for child in children:
+            child.send_signal(signal.SIGCONT)
 
     handlers = {signal.SIGINT: forward, signal.SIGTERM: forward, signal.SIGHUP: forward, signal.SIGTSTP: pause}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield started
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

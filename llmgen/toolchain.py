@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmgen.cpu import Profile
 from llmgen.errors import UserError
 
 C_COMPILERS = ("gcc", "clang", "cc")
@@ -37,16 +38,21 @@ class Build:
 def c_command(
     source: str | Path,
     program: str | Path,
-    march: Sequence[str] = (),
+    profile: Profile,
     compiler: Sequence[str] = ("gcc",),
     openmp: Sequence[str] = C_OPENMP[0],
     cflags: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """The compile line of a C program. march: the flags of the processor, such as ("-march=x86-64-v3",)."""
-    return (*compiler, *C_FLAGS, *march, *openmp, *cflags, str(source), "-lm", "-o", str(program))
+    """The command that compiles a C program."""
+    return (*compiler, *C_FLAGS, *profile.flags, *openmp, *cflags, str(source), "-lm", "-o", str(program))
 
 
-def build_c(source: Path, program: Path, march: Sequence[str] = ()) -> Build:
+def compile_line(name: str, profile: Profile) -> str:
+    """What stands at the top of the source NAME.c."""
+    return shlex.join(c_command(f"{name}.c", name, profile))
+
+
+def compile(source: Path, program: Path, profile: Profile) -> Build:
     """Compile a C source, unless the program is up to date.
 
     Raises UserError if there is no compiler (the line says how to compile elsewhere) or it fails (the line names the
@@ -54,7 +60,7 @@ def build_c(source: Path, program: Path, march: Sequence[str] = ()) -> Build:
     """
     compiler = _find_compiler("CC", C_COMPILERS)
     if compiler is None:
-        line = shlex.join(c_command(source.name, program.name, march))
+        line = compile_line(program.name, profile)
         raise UserError(
             f"no C compiler found (gcc, clang or cc); take {source} where there is one and compile it: {line}"
         )
@@ -63,7 +69,7 @@ def build_c(source: Path, program: Path, march: Sequence[str] = ()) -> Build:
     notice = ""
     if not openmp:
         notice = f"{compiler[0]} has no OpenMP here: the program will use ONE thread; install libomp or use gcc"
-    build = Build(program, c_command(source, program, march, compiler, openmp, cflags), notice)
+    build = Build(program, c_command(source, program, profile, compiler, openmp, cflags), notice)
     _compile(source, build)
     return build
 
