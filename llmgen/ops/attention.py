@@ -65,7 +65,7 @@ class AttentionBackward(Kind):
     template = "attention"
     outputs = ("dqkv",)
     inputs = ("dout", "qkv", "out", "lse")
-    signature = ("dqkv", "dout", "qkv", "out", "lse", "b", "t")
+    signature = ("dqkv", "dout", "out", "lse", "qkv", "b", "t")
 
     def infer(self, inputs, attrs):
         return {"dqkv": (inputs["qkv"].shape, "f32")}
