@@ -12,6 +12,9 @@ from llmgen.config import Config
 from llmgen.errors import UserError
 from llmgen.plan import Plan
 
+BYTE_VOCABULARY = 257  # every byte, and end-of-text
+GPT2_VOCABULARY = 50257
+
 
 @dataclass(frozen=True)
 class Built:
@@ -73,7 +76,7 @@ def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
 
 def run(config, target, cpu, arch, out, flags: list[str]) -> int:
     """Build, prepare the built-in corpus if no data is named, train, end with a sample. Returns the exit status."""
-    from llmgen import data, runner
+    from llmgen import runner
 
     built = build(config, target, cpu, arch, out)
     if built.notice:
@@ -82,18 +85,35 @@ def run(config, target, cpu, arch, out, flags: list[str]) -> int:
     given = {flag.split("=")[0] for flag in flags}
     defaults = []
     if not given & {"--train-data", "-i", "--help", "-h", "--version"}:
-        corpus = data.builtin_corpus(config.model.vocab_size)
+        corpus = _corpus(config)
         defaults += ["--train-data", str(corpus / "train_*.bin")]
         if not given & {"--val-data", "-j"}:
             defaults += ["--val-data", str(corpus / "val_*.bin")]
         if not given & {"--tokenizer"}:
             defaults += ["--tokenizer", str(corpus / "tokenizer.bin")]
+    if not given & {"--sample-every", "-s"} and not config.train.sample_every:
+        defaults += ["--sample-every", str(configs.INT_MAX)]  # so only after the last step
     if not given & {"--save", "--debug-state"}:
         defaults += ["--save", str(where / "model.bin")]
     if not given & {"--log-dir", "-o"}:
         defaults += ["--log-dir", str(where)]
     sys.stdout.flush()
     return runner.run(built.program, [*defaults, *flags])
+
+
+def _corpus(config: Config) -> Path:
+    """The built-in corpus in the tokens of this vocabulary."""
+    from llmgen import data
+
+    vocab_size = config.model.vocab_size
+    if vocab_size < BYTE_VOCABULARY:
+        raise UserError(
+            f"{config.name}: vocab_size = {vocab_size} is too small for the built-in corpus of bytes; "
+            f"name your own with -- --train-data, or use --set vocab_size={BYTE_VOCABULARY}"
+        )
+    tokenizer = "gpt2" if vocab_size >= GPT2_VOCABULARY else "bytes"
+    with data.terminal_progress("preparing the built-in corpus") as progress:
+        return data.builtin_corpus(tokenizer=tokenizer, progress=progress)
 
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
