@@ -48,32 +48,31 @@ class _Differentiation:
     def _block(self, segment: Segment, gradients: dict[str, Tensor]) -> list[Segment]:
         zeros: list[Op] = []
         inner: dict[str, Tensor] = {}
-        incoming = []
-        for c in segment.carry:
-            if c.final.name not in gradients:
-                raise ValueError(f"nothing depends on {c.final.name}, what block {segment.name} leaves behind")
-            inside = self._fresh(c.next)
-            inner[c.next.name] = inside
-            incoming.append((gradients[c.final.name], inside, c.inside, c.initial))
+        incoming = []  # gradient before the loop, in it, of what it is at the block's begin, of what it is outside
         for t in self._captured(segment):
             if t.name not in gradients:  # the block alone uses it
                 gradients[t.name] = self._fresh(t)
                 zeros.append(Op(ZERO, {}, {"out": gradients[t.name]}, {"like": t}))
-            inside = self._fresh(t)
-            inner[t.name] = inside
-            incoming.append((gradients[t.name], inside, t, t))
+            inner[t.name] = self._fresh(t)
+            incoming.append((gradients.pop(t.name), inner[t.name], t, t))
+        for c in segment.carry:
+            if c.final.name not in gradients:
+                raise ValueError(f"nothing depends on {c.final.name}, what block {segment.name} leaves behind")
+            inner[c.next.name] = self._fresh(c.next)
+            incoming.append((gradients[c.final.name], inner[c.next.name], c.inside, c.initial))
         ops = self._ops(segment.ops, inner)
-        carry = []
-        for initial, inside, source, target in incoming:
+        carry, sums = [], []
+        for before, inside, source, target in incoming:
             handed_on = inner.get(source.name)
             if handed_on is None:  # the block never reads what it is handed
                 handed_on = self._fresh(source)
                 ops.append(Op(ZERO, {}, {"out": handed_on}, {"like": source}))
             final = self._fresh(target)
-            carry.append(Carry(initial, inside, handed_on, final))
-            gradients[target.name] = final
+            carry.append(Carry(before, inside, handed_on, final))
+            self._contribute(final, target, gradients, sums)
         block = Segment(segment.name + ", backward", tuple(ops), segment.repeat, tuple(carry), not segment.reverse)
-        return [Segment(segment.name + ", zeros", tuple(zeros)), block]
+        sum_segment = Segment(f"what {segment.name} captured, backward", tuple(sums))
+        return [Segment(segment.name + ", zeros", tuple(zeros)), block, sum_segment]
 
     def _captured(self, segment: Segment) -> list[Tensor]:
         """Activations from outside that the block's ops read, in the order of their first use."""

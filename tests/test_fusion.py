@@ -1,0 +1,80 @@
+"""The graph a target computes gives the same values as the plain one."""
+
+import numpy as np
+import pytest
+
+from llmgen import config, models, ops, passes, reference
+from llmgen.passes import fusion
+from llmgen.verify import random_parameters
+
+SMALL = {"num_layers": 3, "num_heads": 2, "channels": 8, "vocab_size": 21, "max_seq_len": 12, "batch_size": 2, "seq_len": 7}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return models.build(config.load("gpt2-nano", overrides=SMALL))
+
+
+def values_for(graph, seed=0):
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 21, (2, 8))
+    values = {name: p.astype(float) for name, p in random_parameters(graph, seed).items()}
+    return values | {"tokens": text[:, :-1], "targets": text[:, 1:], "loss_scale": 1 / 14}
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 14])
+def test_the_fused_graph_gives_the_losses_and_gradients_of_the_plain_one(plain, chunk):
+    fused = passes.for_target(plain, "c", chunk)
+    values = values_for(plain)
+    want = reference.run(plain.function("forward_backward"), values)
+    got = reference.run(fused.function("forward_backward"), values)
+    for name in ["losses", *("d" + p.name for p in plain.parameters)]:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-14, err_msg=name)
+    evaluated = reference.run(fused.function("evaluate"), values)
+    np.testing.assert_allclose(evaluated["losses"].reshape(-1), want["losses"].reshape(-1), rtol=1e-12)
+    tail = (14 - 1) // chunk * chunk
+    logits = want["logits"].reshape(14, -1)
+    np.testing.assert_allclose(evaluated["logits"], logits[tail:], rtol=1e-10)
+
+
+@pytest.mark.parametrize("rewrite", [fusion.join_segments, fusion.add_into, fusion.linear_gelu])
+def test_each_fusion_alone_changes_no_value(plain, rewrite):
+    values = values_for(plain, 1)
+    function = plain.function("forward_backward")
+    want, got = reference.run(function, values), reference.run(rewrite(function), values)
+    for name in ["losses", *("d" + p.name for p in plain.parameters)]:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-14)
+
+
+def test_the_fusions_leave_no_separate_add_gelu_or_logits(plain):
+    fused = passes.for_target(plain, "c", 5)
+    kinds = [op.kind for op in fused.function("forward_backward").ops()]
+    assert not {ops.ADD, ops.GELU, ops.CROSS_ENTROPY, ops.CROSS_ENTROPY_BACKWARD} & set(kinds)
+    assert kinds.count(ops.CLASSIFIER_BACKWARD) == 1
+    assert len(kinds) == len(list(plain.function("forward_backward").ops())) - 2 - 1 - 4
+
+
+def test_an_add_whose_part_is_read_elsewhere_stays(plain):
+    function = plain.function("forward_backward")
+    block = function.segments[1]
+    attproj = next(op for op in block.ops if op.outputs["out"].name == "attproj")
+    again = ops.COPY
+    from llmgen.graph import Op, Tensor
+
+    extra = Op(again, {"inp": attproj.outputs["out"]}, {"out": Tensor("again", attproj.outputs["out"].shape)})
+    changed = function.replace(
+        segments=(function.segments[0], block.replace(ops=(*block.ops, extra)), *function.segments[2:])
+    )
+    kinds = [op.kind for op in fusion.add_into(changed).segments[1].ops]
+    assert kinds.count(ops.ADD) == 1
+
+
+def test_later_micro_batches_add_to_the_gradients(plain):
+    fused = passes.for_target(plain, "c", 5).function("forward_backward")
+    first, second = values_for(plain, 2), values_for(plain, 3)
+    second |= {p.name: first[p.name] for p in plain.parameters}
+    one, two = reference.run(fused, first), reference.run(fused, second)
+    gradients = {"d" + p.name: one["d" + p.name].copy() for p in plain.parameters}
+    both = reference.run(fused, {**second, **gradients, "micro_batch": 1})
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(both[name], one[name] + two[name], rtol=1e-9, atol=1e-13)
