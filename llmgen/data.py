@@ -34,6 +34,7 @@ from llmgen.tokenization import Tokenizer, load_tokenizer
 BLOCK = 1 << 20  # bytes read at a time; also about the length of a piece
 MAX_UNCUT = 1 << 24  # characters held while waiting for a place to cut
 MAX_SHARDS = 10**6  # what six digits count
+BYTES_VOCABULARY, GPT2_VOCABULARY = 257, 50257
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all (0 if unknown)
 
@@ -384,14 +385,23 @@ def corpus_documents() -> list[Document]:
     return sorted(documents, key=lambda document: os.fsencode(document.name))
 
 
-def builtin_corpus(
-    cache_dir: str | os.PathLike | None = None, tokenizer: str = "bytes", progress: Progress | None = None
-) -> Path:
-    """A folder with the token shards of the built-in corpus, exported once and kept.
+def corpus_tokenizer(vocab_size: int) -> str:
+    """The tokenizer whose ids such a model knows: gpt2 for GPT-2's vocabulary, else bytes. Raises UserError."""
+    if vocab_size < BYTES_VOCABULARY:
+        raise UserError(
+            f"vocab_size = {vocab_size} is too small for the built-in corpus, which has {BYTES_VOCABULARY} tokens; "
+            "name your own with --train-data"
+        )
+    return "gpt2" if vocab_size == GPT2_VOCABULARY else "bytes"
 
-    cache_dir: where, `$XDG_CACHE_HOME/llmgen` if None. The folder's name holds Python's version and a hash of the
-    tokenizer and all the text, so that another Python or a patched library gets its own. Raises UserError.
+
+def builtin_corpus(vocab_size: int = BYTES_VOCABULARY, cache_dir: str | os.PathLike | None = None) -> Path:
+    """A folder with the token shards of the built-in corpus for such a model, exported once and kept.
+
+    cache_dir: where, `$XDG_CACHE_HOME/llmgen` if None. The folder's name holds Python's version, and a hash of the
+    tokenizer's name and all the text, so that another Python or a patched library gets its own. Raises UserError.
     """
+    tokenizer = corpus_tokenizer(vocab_size)
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
     documents = corpus_documents()
     content = hashlib.sha256(f"1\n{tokenizer}\n".encode())  # 1: of the way the corpus is made
@@ -402,8 +412,7 @@ def builtin_corpus(
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     version = ".".join(map(str, sys.version_info[:3]))
-    kind = re.sub(r"\W+", "-", Path(tokenizer).name)
-    folder = cache / f"python-{version}-{kind}-{content.hexdigest()[:12]}"
+    folder = cache / f"python-{version}-{tokenizer}-{content.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
     with files.folder(cache):
@@ -413,7 +422,8 @@ def builtin_corpus(
             raise UserError(f"{cache}: cannot be written: {error.strerror}; set XDG_CACHE_HOME elsewhere") from None
         try:
             done = Path(building, "done")
-            export_documents(documents, load_tokenizer(tokenizer), done, errors="replace", progress=progress)
+            with terminal_progress("corpus") as progress:
+                export_documents(documents, load_tokenizer(tokenizer), done, errors="replace", progress=progress)
             try:
                 os.rename(done, folder)
             except OSError as error:
