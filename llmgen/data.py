@@ -34,7 +34,6 @@ from llmgen.tokenization import Tokenizer, load_tokenizer
 BLOCK = 1 << 20  # bytes read at a time; also about the length of a piece
 MAX_UNCUT = 1 << 24  # characters held while waiting for a place to cut
 MAX_SHARDS = 10**6  # what six digits count
-BYTES_VOCABULARY, GPT2_VOCABULARY = 257, 50257
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all (0 if unknown)
 
@@ -57,6 +56,20 @@ class Export:
     vocab_size: int
     end_of_text: int
     removed: int  # shards of an earlier export that this one does not have
+
+    def summary(self) -> str:
+        """What was written, a line for each split."""
+        lines = [f"{self.documents} document{'s' * (self.documents != 1)}, vocab_size {self.vocab_size}"]
+        for split, count, paths in (
+            ("train", self.train_tokens, self.train_files),
+            ("val", self.val_tokens, self.val_files),
+        ):
+            named = f": {paths[0]}{' ...' if len(paths) > 1 else ''}" if paths else ""
+            lines.append(f"{split}: {count} tokens in {len(paths)} file{'s' * (len(paths) != 1)}{named}")
+        lines.append(f"tokenizer: {self.tokenizer_file}")
+        if self.removed:
+            lines.append(f"removed {self.removed} file{'s' * (self.removed != 1)} of an earlier export")
+        return "\n".join(lines)
 
 
 def export_tokens(
@@ -385,23 +398,15 @@ def corpus_documents() -> list[Document]:
     return sorted(documents, key=lambda document: os.fsencode(document.name))
 
 
-def corpus_tokenizer(vocab_size: int) -> str:
-    """The tokenizer whose ids such a model knows: gpt2 for GPT-2's vocabulary, else bytes. Raises UserError."""
-    if vocab_size < BYTES_VOCABULARY:
-        raise UserError(
-            f"vocab_size = {vocab_size} is too small for the built-in corpus, which has {BYTES_VOCABULARY} tokens; "
-            "name your own with --train-data"
-        )
-    return "gpt2" if vocab_size == GPT2_VOCABULARY else "bytes"
+def builtin_corpus(
+    cache_dir: str | os.PathLike | None = None, tokenizer: str = "bytes", progress: Progress | None = None
+) -> Path:
+    """A folder with the token shards of the built-in corpus, exported once and kept.
 
-
-def builtin_corpus(vocab_size: int = BYTES_VOCABULARY, cache_dir: str | os.PathLike | None = None) -> Path:
-    """A folder with the token shards of the built-in corpus for such a model, exported once and kept.
-
-    cache_dir: where, `$XDG_CACHE_HOME/llmgen` if None. The folder's name holds Python's version, and a hash of the
-    tokenizer's name and all the text, so that another Python or a patched library gets its own. Raises UserError.
+    cache_dir: where, `$XDG_CACHE_HOME/llmgen` if None. tokenizer: gpt2 or bytes. The folder's name holds Python's
+    version, and a hash of the tokenizer's name and all the text, so that another Python or a patched library gets its
+    own. Raises UserError.
     """
-    tokenizer = corpus_tokenizer(vocab_size)
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
     documents = corpus_documents()
     content = hashlib.sha256(f"1\n{tokenizer}\n".encode())  # 1: of the way the corpus is made
@@ -422,8 +427,7 @@ def builtin_corpus(vocab_size: int = BYTES_VOCABULARY, cache_dir: str | os.PathL
             raise UserError(f"{cache}: cannot be written: {error.strerror}; set XDG_CACHE_HOME elsewhere") from None
         try:
             done = Path(building, "done")
-            with terminal_progress("corpus") as progress:
-                export_documents(documents, load_tokenizer(tokenizer), done, errors="replace", progress=progress)
+            export_documents(documents, load_tokenizer(tokenizer), done, errors="replace", progress=progress)
             try:
                 os.rename(done, folder)
             except OSError as error:

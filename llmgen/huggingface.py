@@ -130,7 +130,9 @@ def export_weights(
         if not (folder / "config.json").is_file():
             raise UserError(f"{source}: there is no config.json beside it; put it there or name one with --config")
         tables = config_tables(folder / "config.json", note)
-        config = from_tables(Path(source).resolve().stem, tables, str(folder / "config.json"))
+        config = from_tables(
+            Path(source).resolve().name.removesuffix(".safetensors"), tables, str(folder / "config.json")
+        )
     shapes = _shapes(config)
     stored = open_safetensors(shards)
     _check_tensors(source, stored, config, shapes)

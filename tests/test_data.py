@@ -212,6 +212,13 @@ def test_shards_of_an_earlier_export_do_not_stay_among_the_new_ones(tmp_path):
     (tmp_path / "out" / "train_notes.txt").write_text("mine")
     export = data.export_tokens([str(tmp_path / "t.txt")], "bytes", tmp_path / "out", val_fraction=0)
     assert export.removed == 5
+    assert export.summary().splitlines() == [
+        "1 document, vocab_size 257",
+        f"train: 51 tokens in 1 file: {tmp_path}/out/train_000000.bin",
+        "val: 0 tokens in 0 files",
+        f"tokenizer: {tmp_path}/out/tokenizer.bin",
+        "removed 5 files of an earlier export",
+    ]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "tokenizer.bin",
         "train_000000.bin",
@@ -454,11 +461,10 @@ def test_the_builtin_corpus_has_no_tests_and_no_site_packages():
     assert not any({"test", "tests", "site-packages", "idle_test"} & set(name.split("/")) for name in names)
 
 
-def test_the_builtin_corpus_fits_the_models_vocabulary():
-    assert data.corpus_tokenizer(257) == data.corpus_tokenizer(300) == "bytes"
-    assert data.corpus_tokenizer(50257) == "gpt2"
-    with pytest.raises(UserError, match="vocab_size = 101 is too small"):
-        data.corpus_tokenizer(101)
+def test_each_tokenizer_has_its_own_corpus(tmp_path, monkeypatch):
+    few = data.corpus_documents()[:5]
+    monkeypatch.setattr(data, "corpus_documents", lambda: few)
+    assert data.builtin_corpus(tmp_path, "bytes") != data.builtin_corpus(tmp_path, "gpt2")
 
 
 def test_a_cache_that_cannot_be_written_gives_one_line(tmp_path):
