@@ -57,6 +57,20 @@ class Export:
     end_of_text: int
     removed: int  # shards of an earlier export that this one does not have
 
+    def summary(self) -> str:
+        """What was written, a line for each split."""
+        lines = [f"{self.documents} document{'s' * (self.documents != 1)}, vocab_size {self.vocab_size}"]
+        for split, count, paths in (
+            ("train", self.train_tokens, self.train_files),
+            ("val", self.val_tokens, self.val_files),
+        ):
+            named = f": {paths[0]}{' ...' if len(paths) > 1 else ''}" if paths else ""
+            lines.append(f"{split}: {count} tokens in {len(paths)} file{'s' * (len(paths) != 1)}{named}")
+        lines.append(f"tokenizer: {self.tokenizer_file}")
+        if self.removed:
+            lines.append(f"removed {self.removed} file{'s' * (self.removed != 1)} of an earlier export")
+        return "\n".join(lines)
+
 
 def export_tokens(
     sources: Iterable[str],
@@ -389,8 +403,9 @@ def builtin_corpus(
 ) -> Path:
     """A folder with the token shards of the built-in corpus, exported once and kept.
 
-    cache_dir: where, `$XDG_CACHE_HOME/llmgen` if None. The folder's name holds Python's version and a hash of the
-    tokenizer and all the text, so that another Python or a patched library gets its own. Raises UserError.
+    cache_dir: where, `$XDG_CACHE_HOME/llmgen` if None. tokenizer: gpt2 or bytes. The folder's name holds Python's
+    version, and a hash of the tokenizer's name and all the text, so that another Python or a patched library gets its
+    own. Raises UserError.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
     documents = corpus_documents()
@@ -402,8 +417,7 @@ def builtin_corpus(
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     version = ".".join(map(str, sys.version_info[:3]))
-    kind = re.sub(r"\W+", "-", Path(tokenizer).name)
-    folder = cache / f"python-{version}-{kind}-{content.hexdigest()[:12]}"
+    folder = cache / f"python-{version}-{tokenizer}-{content.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
     with files.folder(cache):

@@ -130,7 +130,9 @@ def export_weights(
         if not (folder / "config.json").is_file():
             raise UserError(f"{source}: there is no config.json beside it; put it there or name one with --config")
         tables = config_tables(folder / "config.json", note)
-        config = from_tables(folder.name, tables, str(folder / "config.json"))
+        config = from_tables(
+            Path(source).resolve().name.removesuffix(".safetensors"), tables, str(folder / "config.json")
+        )
     shapes = _shapes(config)
     stored = open_safetensors(shards)
     _check_tensors(source, stored, config, shapes)
@@ -198,6 +200,9 @@ def _is_ours(path: Path) -> bool:
 
 def _files_of_folder(source: str, get: Callable[[str], Path | None]) -> list[Path]:
     """The safetensors files of a model. get: a file's path by its name, None if there is none."""
+    single = get(SINGLE)
+    if single is not None:
+        return [single]
     index = get(INDEX)
     if index is not None:
         named = _read_json(index).get("weight_map")
@@ -212,9 +217,6 @@ def _files_of_folder(source: str, get: Callable[[str], Path | None]) -> list[Pat
                 raise UserError(f"{source}: has no {name}, which {INDEX} names")
             shards.append(shard)
         return shards
-    single = get(SINGLE)
-    if single is not None:
-        return [single]
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin"):
         if get(name) is not None:
             raise UserError(f"{source}: has only a pickle ({name}), which can run code when opened; {_SAVE_HINT}")
@@ -231,19 +233,31 @@ def _from_hub(source: str, with_config: bool) -> tuple[Path, list[Path]]:
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
 
+    unreachable: list[Exception] = []  # whether there is such a file could not be asked
+
     def get(name: str) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(source, name))
-        except errors.LocalEntryNotFoundError:  # no network, and not in the cache; also an EntryNotFoundError
-            raise
+        except errors.LocalEntryNotFoundError as error:  # no network, and not in the cache; also an EntryNotFoundError
+            unreachable.append(error)
+            return None
         except errors.EntryNotFoundError:
             return None
 
     try:
         config = get("config.json")
         if config is None and with_config:
-            raise UserError(f"{source}: has no config.json on the hub; name one with --config")
-        shards = _files_of_folder(source, get)
+            raise (
+                unreachable[0]
+                if unreachable
+                else UserError(f"{source}: has no config.json on the hub; name one with --config")
+            )
+        try:
+            shards = _files_of_folder(source, get)
+        except UserError:
+            if unreachable:
+                raise unreachable[0] from None
+            raise
     except UserError:
         raise
     except errors.GatedRepoError:
