@@ -5,12 +5,15 @@
 """
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
 
-_C_TYPES = {"text": "const char *", "integer": "int ", "real": "double "}
+C_TYPES = {"text": "const char", "integer": "int", "real": "double"}
+WIDTH = 120  # columns of the generated source
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,6 @@ class Flag:
     field: str = ""  # the name with underscores, unless said
     default: str | int | float | None = None
     minimum: float = 0
-
-    @property
-    def c_declaration(self) -> str:
-        return f"{_C_TYPES[self.kind]}{self.field};"
-
-    @property
-    def c_default(self) -> str:
-        if self.default is None:
-            return "NULL"
-        return f'"{self.default}"' if self.kind == "text" else repr(self.default)
-
-    @property
-    def c_short(self) -> str:
-        return f'"-{self.short}"' if self.short else '""'
 
 
 FLAGS = (
@@ -76,3 +65,43 @@ def program_flags(config: Config) -> tuple[Flag, ...]:
             raise UserError(f"{config.name}: {field} = {default} is too large; at most {INT_MAX} is supported")
         flags.append(dataclasses.replace(flag, field=field, default=default))
     return tuple(flags)
+
+
+def c_members(flags: Sequence[Flag]) -> str:
+    """The members of the C struct Settings: a declaration for each type."""
+    lines = []
+    for kind, c_type in C_TYPES.items():
+        star = "*" if kind == "text" else ""
+        names = [star + flag.field for flag in flags if flag.kind == kind]
+        lines.append(_wrapped([c_type, *(name + "," for name in names[:-1]), names[-1] + ";"], 8))
+    return "\n".join(lines)
+
+
+def c_defaults(flags: Sequence[Flag]) -> str:
+    """The initialiser of a Settings, in the order of its members; what is not there is NULL."""
+    given = [flag for kind in C_TYPES for flag in flags if flag.kind == kind and flag.default is not None]
+    return _wrapped(
+        [f".{f.field} = {json.dumps(f.default) if f.kind == 'text' else repr(f.default)}," for f in given], 4
+    )
+
+
+def c_rows(flags: Sequence[Flag]) -> str:
+    """The rows of the C table of flags: name, short name, argument, type, member, least value, help."""
+    lines = []
+    for flag in flags:
+        short = f"-{flag.short}" if flag.short else ""
+        head = f'{{ "--{flag.name}", "{short}", "{flag.metavar}", {flag.kind.upper()}, '
+        head += f"offsetof(Settings, {flag.field}), {flag.minimum},"
+        one = f'    {head} "{flag.help}" }},'
+        lines += [one] if len(one) <= WIDTH else [f"    {head}", f'      "{flag.help}" }},']
+    return "\n".join(lines)
+
+
+def _wrapped(pieces: Sequence[str], hanging: int) -> str:
+    """The pieces on indented lines, broken between them."""
+    lines = ["   "]
+    for piece in pieces:
+        if len(lines[-1]) + 1 + len(piece) > WIDTH:
+            lines.append(" " * (hanging - 1))
+        lines[-1] += " " + piece
+    return "\n".join(lines)
