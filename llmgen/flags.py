@@ -38,6 +38,8 @@ FLAGS = (
     Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl"),
     Flag("steps", "x", "integer", "N", "optimizer steps; -1 is one epoch, 0 trains nothing", minimum=-1),
     Flag("total-batch-size", "d", "integer", "N", "tokens in an optimizer step: whole micro-batches"),
+    Flag("batch-size", "b", "integer", "N", "sequences in a micro-batch: fixed when the program is built", minimum=1),
+    Flag("seq-len", "t", "integer", "N", "tokens in a sequence: fixed when the program is built", minimum=1),
     Flag("lr", "l", "real", "X", "learning rate", field="learning_rate"),
     Flag("weight-decay", "c", "real", "X", "decay of the tensors of rank 2 and more, embeddings included"),
     Flag("beta1", "", "real", "X", "AdamW: memory of the mean of the gradients"),
@@ -56,6 +58,7 @@ FLAGS = (
 def program_flags(config: Config) -> tuple[Flag, ...]:
     """The flags with their fields and defaults filled in. Raises UserError where a default does not fit a C int."""
     defaults = dataclasses.asdict(config.train)
+    defaults |= {"batch_size": config.program.batch_size, "seq_len": config.program.seq_len}
     defaults["total_batch_size"] = config.train.total_batch_size or config.program.batch_size * config.program.seq_len
     flags = []
     for flag in FLAGS:
@@ -73,14 +76,14 @@ def c_members(flags: Sequence[Flag]) -> str:
     for kind, c_type in C_TYPES.items():
         star = "*" if kind == "text" else ""
         names = [star + flag.field for flag in flags if flag.kind == kind]
-        lines.append(_wrapped([c_type, *(name + "," for name in names[:-1]), names[-1] + ";"], 8))
+        lines.append(wrapped([c_type, *(name + "," for name in names[:-1]), names[-1] + ";"], 8))
     return "\n".join(lines)
 
 
 def c_defaults(flags: Sequence[Flag]) -> str:
     """The initialiser of a Settings, in the order of its members; what is not there is NULL."""
     given = [flag for kind in C_TYPES for flag in flags if flag.kind == kind and flag.default is not None]
-    return _wrapped(
+    return wrapped(
         [f".{f.field} = {json.dumps(f.default) if f.kind == 'text' else repr(f.default)}," for f in given], 4
     )
 
@@ -97,7 +100,7 @@ def c_rows(flags: Sequence[Flag]) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(pieces: Sequence[str], hanging: int) -> str:
+def wrapped(pieces: Sequence[str], hanging: int = 4) -> str:
     """The pieces on indented lines, broken between them."""
     lines = ["   "]
     for piece in pieces:

@@ -31,7 +31,7 @@ def context(config: Config) -> dict:
         "vocabulary_is_bytes": config.model.vocab_size == BYTE_VOCABULARY,
         "magic": files.MAGIC,
         "weights_versions": weights.VERSIONS,
-        "weights_header": [(name, _SIZES[name]) for name in weights.HEADER_FIELDS],
+        "weights_header": flags.wrapped([f'{{ "{name}", {_SIZES[name]} }},' for name in weights.HEADER_FIELDS]),
         "token_versions": {kind: version for kind, (version, _) in tokens.LAYOUTS.items()},
         "tokenizer_1": tokenizer.VERSION_1,
         "debug_state_version": debug_state.VERSION,
