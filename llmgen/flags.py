@@ -5,12 +5,15 @@
 """
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
 
-_C_TYPES = {"text": "const char *", "integer": "int ", "real": "double "}
+C_TYPES = {"text": "const char", "integer": "int", "real": "double"}
+WIDTH = 120  # columns of the generated source
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,6 @@ class Flag:
     default: str | int | float | None = None
     minimum: float = 0
 
-    @property
-    def c_declaration(self) -> str:
-        return f"{_C_TYPES[self.kind]}{self.field};"
-
-    @property
-    def c_default(self) -> str:
-        if self.default is None:
-            return "NULL"
-        return f'"{self.default}"' if self.kind == "text" else repr(self.default)
-
-    @property
-    def c_short(self) -> str:
-        return f'"-{self.short}"' if self.short else '""'
-
 
 FLAGS = (
     Flag("load", "e", "text", "FILE", "weights to begin with, fp32 or bf16; without it they come from --seed"),
@@ -49,6 +38,8 @@ FLAGS = (
     Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl"),
     Flag("steps", "x", "integer", "N", "optimizer steps; -1 is one epoch, 0 trains nothing", minimum=-1),
     Flag("total-batch-size", "d", "integer", "N", "tokens in an optimizer step: whole micro-batches"),
+    Flag("batch-size", "b", "integer", "N", "sequences in a micro-batch: fixed when the program is built", minimum=1),
+    Flag("seq-len", "t", "integer", "N", "tokens in a sequence: fixed when the program is built", minimum=1),
     Flag("lr", "l", "real", "X", "learning rate", field="learning_rate"),
     Flag("weight-decay", "c", "real", "X", "decay of the tensors of rank 2 and more, embeddings included"),
     Flag("beta1", "", "real", "X", "AdamW: memory of the mean of the gradients"),
@@ -67,6 +58,7 @@ FLAGS = (
 def program_flags(config: Config) -> tuple[Flag, ...]:
     """The flags with their fields and defaults filled in. Raises UserError where a default does not fit a C int."""
     defaults = dataclasses.asdict(config.train)
+    defaults |= {"batch_size": config.program.batch_size, "seq_len": config.program.seq_len}
     defaults["total_batch_size"] = config.train.total_batch_size or config.program.batch_size * config.program.seq_len
     flags = []
     for flag in FLAGS:
@@ -76,3 +68,43 @@ def program_flags(config: Config) -> tuple[Flag, ...]:
             raise UserError(f"{config.name}: {field} = {default} is too large; at most {INT_MAX} is supported")
         flags.append(dataclasses.replace(flag, field=field, default=default))
     return tuple(flags)
+
+
+def c_members(flags: Sequence[Flag]) -> str:
+    """The members of the C struct Settings: a declaration for each type."""
+    lines = []
+    for kind, c_type in C_TYPES.items():
+        star = "*" if kind == "text" else ""
+        names = [star + flag.field for flag in flags if flag.kind == kind]
+        lines.append(wrapped([c_type, *(name + "," for name in names[:-1]), names[-1] + ";"], 8))
+    return "\n".join(lines)
+
+
+def c_defaults(flags: Sequence[Flag]) -> str:
+    """The initialiser of a Settings, in the order of its members; what is not there is NULL."""
+    given = [flag for kind in C_TYPES for flag in flags if flag.kind == kind and flag.default is not None]
+    return wrapped(
+        [f".{f.field} = {json.dumps(f.default) if f.kind == 'text' else repr(f.default)}," for f in given], 4
+    )
+
+
+def c_rows(flags: Sequence[Flag]) -> str:
+    """The rows of the C table of flags: name, short name, argument, type, member, least value, help."""
+    lines = []
+    for flag in flags:
+        short = f"-{flag.short}" if flag.short else ""
+        head = f'{{ "--{flag.name}", "{short}", "{flag.metavar}", {flag.kind.upper()}, '
+        head += f"offsetof(Settings, {flag.field}), {flag.minimum},"
+        one = f'    {head} "{flag.help}" }},'
+        lines += [one] if len(one) <= WIDTH else [f"    {head}", f'      "{flag.help}" }},']
+    return "\n".join(lines)
+
+
+def wrapped(pieces: Sequence[str], hanging: int = 4) -> str:
+    """The pieces on indented lines, broken between them."""
+    lines = ["   "]
+    for piece in pieces:
+        if len(lines[-1]) + 1 + len(piece) > WIDTH:
+            lines.append(" " * (hanging - 1))
+        lines[-1] += " " + piece
+    return "\n".join(lines)

@@ -46,7 +46,9 @@ def run(program: str | Path, flags: Sequence[str]) -> int:
             status = child.wait()
     if status < 0:
         name = signal.Signals(-status).name
-        if name not in ("SIGINT", "SIGTERM", "SIGKILL"):
+        if name == "SIGKILL":
+            raise UserError(f"{program} was killed, perhaps for want of memory; `llmgen plan` shows what it needs")
+        if name not in ("SIGINT", "SIGTERM"):
             raise UserError(f"{program} crashed ({name}); please report it with the command line")
         return 128 - status
     return status
