@@ -32,7 +32,9 @@ def runs_here(profile: str) -> bool:
 def build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
 
-    def build(sizes=None, profile="x86-64-v3", threads=2, compiler="gcc", flags=GNU11, march=True, overrides=None) -> Library:
+    def build(
+        sizes=None, profile="x86-64-v3", threads=2, compiler="gcc", flags=GNU11, march=True, overrides=None
+    ) -> Library:
         if march and not runs_here(profile):
             pytest.skip(f"this processor is no {profile}")
         if shutil.which(compiler) is None:
@@ -129,11 +131,8 @@ def test_linear_layers_equal_numpy(build, rng, profile, shape):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_linear_layers_equal_numpy_when_every_block_is_small(build, rng, profile):
     p = cpu.resolve(profile)
-    kc, mb, nb = 16, 2 * p.tile_rows, 2 * p.tile_columns
-    a_panel, b_panel = kc * p.tile_rows + 16, kc * p.tile_columns + 16
-    blocking = {"KC": kc, "MC": p.tile_rows, "NC": p.tile_columns, "MB": mb, "NB": nb, "STRIP": 1, "TEAM_PRODUCTS": 0}
-    scratch = {"A_PANEL": a_panel, "B_PANEL": b_panel, "PACKED_A": 2 * a_panel, "SHARED_SCRATCH": 2 * (a_panel + b_panel)}
-    lib = build(profile=profile, overrides={**blocking, **scratch})
+    blocking = {"KC": 16, "MC": 2 * p.tile_rows, "NC": p.tile_columns, "KC_BOTH": 24, "NC_BOTH": 2 * p.tile_columns}
+    lib = build(profile=profile, overrides={**blocking, "A_PANEL": 24 * p.tile_rows + 16, "TEAM_PRODUCTS": 0})
     for shape in [(64, 64, 64), (111, 100, 90), (37, 131, 17)]:
         check_linear(lib, rng, *shape)
 
@@ -415,7 +414,13 @@ def results(lib, rng):
     out, lse, dqkv = poisoned(b, t, c), poisoned(b, s.num_heads, t), poisoned(b, t, 3 * c)
     lib.attention_forward(out, lse, qkv, b, t)
     lib.attention_backward(dqkv, dout, out, lse, qkv, b, t)
-    hidden, pre, dweight, dbias, dinp = poisoned(n, 4 * c), poisoned(n, 4 * c), poisoned(4 * c, c), poisoned(4 * c), poisoned(n, c)
+    hidden, pre, dweight, dbias, dinp = (
+        poisoned(n, 4 * c),
+        poisoned(n, 4 * c),
+        poisoned(4 * c, c),
+        poisoned(4 * c),
+        poisoned(n, c),
+    )
     lib.linear_gelu_forward(hidden, pre, out, weight, None, n, c, 4 * c)
     lib.linear_backward_weight(dweight, dbias, hidden, out, n, c, 4 * c, 0)
     lib.linear_backward_input(dinp, hidden, weight, n, c, 4 * c)
