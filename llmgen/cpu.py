@@ -13,7 +13,7 @@ from pathlib import Path
 from llmgen.errors import UserError
 
 FLOAT = 4  # bytes
-KiB, MiB = 1 << 10, 1 << 20
+KiB = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Profile:
     The register tile is tile_rows x (tile_vectors * width) sums. They, tile_vectors registers of the right operand and one
     broadcast of the left must fit the register file: 16 registers up to AVX2, 32 with AVX-512 and NEON. And there must be
     enough independent sums to cover latency x throughput of the multiply-adds (4 x 2 on most cores).
-    Cache sizes are those of a typical core, in bytes: they set the blocking, whose plateau is wide.
+    depth is how many k a product sums at a time, as measured: up to AVX2 such that a panel of the right operand stays in L1;
+    with AVX-512 it may stream from L2, and a longer sum pays. l2: the second cache of a typical core, in bytes.
     """
 
     name: str
     width: int  # floats in one vector register
     tile_rows: int
     tile_vectors: int
-    l1: int
+    depth: int
     l2: int
-    l3: int
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -45,10 +45,10 @@ class Profile:
 
 
 PROFILES = (
-    Profile("x86-64-v2", width=4, tile_rows=6, tile_vectors=2, l1=32 * KiB, l2=256 * KiB, l3=8 * MiB),
-    Profile("x86-64-v3", width=8, tile_rows=6, tile_vectors=2, l1=32 * KiB, l2=512 * KiB, l3=32 * MiB),
-    Profile("x86-64-v4", width=16, tile_rows=8, tile_vectors=3, l1=48 * KiB, l2=1024 * KiB, l3=32 * MiB),
-    Profile("armv8-a", width=4, tile_rows=8, tile_vectors=3, l1=64 * KiB, l2=512 * KiB, l3=8 * MiB),
+    Profile("x86-64-v2", width=4, tile_rows=6, tile_vectors=2, depth=512, l2=256 * KiB),
+    Profile("x86-64-v3", width=8, tile_rows=6, tile_vectors=2, depth=384, l2=512 * KiB),
+    Profile("x86-64-v4", width=16, tile_rows=8, tile_vectors=3, depth=768, l2=1024 * KiB),
+    Profile("armv8-a", width=4, tile_rows=8, tile_vectors=3, depth=512, l2=512 * KiB),
 )
 
 # Features of /proc/cpuinfo that make a processor one of a level, best level first (x86-64 psABI, micro-architecture levels).
@@ -114,52 +114,52 @@ def constants(
     rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len the longest that is evaluated.
     """
     chunk = chunk_rows(rows, padded_vocab_size)
-    products = []
-    for n, c, oc in [*linears, (chunk, num_heads * head_size, padded_vocab_size)]:
-        products += [(n, oc, c, False), (n, c, oc, False), (oc, c, n, True)]
+    linears = [*linears, (chunk, num_heads * head_size, padded_vocab_size)]
+    longest = max(max(c, oc) for _, c, oc in linears)
+    tokens = max(n for n, _, _ in linears)
     W, MR, NV, NR = profile.width, profile.tile_rows, profile.tile_vectors, profile.tile_columns
 
-    # k: one panel of the right operand fills three quarters of L1, so that it stays while rows of the left go by.
-    kc = min(_down(profile.l1 * 3 // 4 // (NR * FLOAT), 8), 512, _up(max(k for _, _, k, _ in products), 8))
-    # rows: a block of the left operand fills most of L2.
-    mc = min(_down(profile.l2 * 7 // 8 // (kc * FLOAT), MR), _up(max(m for m, _, _, _ in products), MR))
-    nc = _up(192, NR)
-    # Packed operands share L3 with what else is in use: an eighth of it each.
-    most = profile.l3 // 8 // (kc * FLOAT)
-    nb = min(_down(most, NR), _up(max(n for _, n, _, _ in products), NR))
-    mb = min(_down(most, MR), _up(max(m for m, _, _, packed in products if packed), MR))
-    a_panel = _panel(kc * MR)
-    b_panel = _panel(kc * NR)
-    packed_a, packed_b = mb // MR * a_panel, nb // NR * b_panel
+    # Forward and input gradient: out has a row for each token, and the left operand is read where it lies.
+    kc, nc = min(profile.depth, _up(longest, 8)), min(_up(192, NR), _up(longest, NR))
+    # A block of the left operand fills three quarters of L2: it is read once for each panel of the right one.
+    mc = min(_down(profile.l2 * 3 // 4 // (kc * FLOAT), MR), _up(max(tokens, longest), MR))
+    # Weight gradient: the sum runs over the tokens, and both operands are packed. The left one again for each NC columns.
+    kc_both, nc_both = min(384, _up(tokens, 8)), min(_up(768, NR), _up(longest, NR))
+    a_panel = _panel(kc_both * MR)
+    packed_a = mc // MR * a_panel
+    packed_b = max(nc // NR * _panel(kc * NR), nc_both // NR * _panel(kc_both * NR))
 
     bq = min(_down(96, math.lcm(MR, W)), _up(seq_len, math.lcm(MR, W)))
     bk = min(_up(128, NR), _up(seq_len, NR))
+    attention = _attention_scratch(MR, NR, bq, bk, head_size, max_seq_len)
     return [
         ("W", W, "floats in a vector register"),
         ("MR", MR, "rows of the register tile"),
         ("NV", NV, "vectors in a row of it"),
         ("NR", NR, "columns of it: NV * W"),
-        ("KC", kc, f"summed at a time: a panel of KC x NR takes {kc * NR * FLOAT // KiB} KiB of L1"),
+        ("KC", kc, f"summed at a time: a panel of KC x NR takes {kc * NR * FLOAT // KiB} KiB"),
         ("MC", mc, f"rows of a block: MC x KC takes {mc * kc * FLOAT // KiB} KiB of L2"),
-        ("NC", nc, "columns of out in the unit of work of a thread"),
-        ("MB", mb, "rows of the left operand that are packed at a time"),
-        ("NB", nb, "columns of the right operand that are packed at a time"),
+        ("NC", nc, "columns of the right operand that are packed at a time"),
+        ("KC_BOTH", kc_both, "the same as KC where both operands are packed"),
+        ("NC_BOTH", nc_both, "the same as NC there"),
         ("A_PANEL", a_panel, "floats from one packed panel of MR rows to the next"),
-        ("B_PANEL", b_panel, "the same for panels of NR columns"),
-        ("STRIP", 16, "panels that are packed side by side"),
-        ("PACKED_A", packed_a, "floats of the packed left operand"),
-        ("SHARED_SCRATCH", packed_a + packed_b, "floats of both packed operands"),
+        ("PACKED_A", packed_a, "floats of the packed left operand; those of the right one follow"),
+        ("PACKING", 32, "packing one value takes as long as so many multiply-adds"),
         ("FEW_ROWS", 16, "up to so many rows, a product reads its weight where it lies"),
         ("TEAM_PRODUCTS", 1 << 18, "multiply-adds that are worth waking the other threads for"),
         ("TEAM_VALUES", 1 << 13, "the same for values that are computed one by one"),
         ("BQ", bq, "queries in a block of attention"),
         ("BK", bk, "keys in it"),
-        ("THREAD_SCRATCH", _thread_scratch(MR, NR, bq, bk, head_size, max_seq_len), "floats of a thread, for attention"),
+        (
+            "THREAD_SCRATCH",
+            max(packed_a + packed_b, attention),
+            "floats of a thread: packed operands, or AttentionScratch",
+        ),
         ("CHUNK", chunk, "rows of logits that exist at a time"),
     ]
 
 
-def _thread_scratch(MR: int, NR: int, bq: int, bk: int, head_size: int, max_seq_len: int) -> int:
+def _attention_scratch(MR: int, NR: int, bq: int, bk: int, head_size: int, max_seq_len: int) -> int:
     """Floats of AttentionScratch in templates/c/ops/attention.j2: two blocks of scores, two values for each query, and the
     packed keys, values and channels of a head."""
     key_panels, channel_panels = -(-max_seq_len // NR), -(-head_size // NR)

@@ -132,7 +132,6 @@ class Plan:
     ranges: tuple[Range, ...]
     evaluation_tokens: int
     chunk: int
-    shared_scratch: int  # values
     thread_scratch: int  # values for each thread
     flops: int  # of one forward_backward
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
@@ -160,7 +159,6 @@ class Plan:
     def memory(self) -> Memory:
         flat = self.parameter_values * 4
         saved = self.forward_backward.layout.saved_bytes
-        shared = aligned(self.shared_scratch * 4, ALIGNMENT[self.target])
         bound = max(
             self.forward_backward.layout.arena_lower_bound,
             self.evaluate.layout.arena_lower_bound - saved,
@@ -170,8 +168,8 @@ class Plan:
             gradients=flat,
             optimizer=2 * flat,
             activations=saved,
-            arena=self.workspace - saved + shared,
-            arena_lower_bound=bound + shared,
+            arena=self.workspace - saved,
+            arena_lower_bound=bound,
             scratch_per_thread=self.thread_scratch * 4,
         )
 
@@ -249,14 +247,17 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         ranges=_ranges(graph, parameters),
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
-        shared_scratch=scratch["SHARED_SCRATCH"],
         thread_scratch=scratch["THREAD_SCRATCH"],
-        flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
+        flops=sum(
+            op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops
+        ),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
         reals=(("LN_EPSILON", transformer.LAYERNORM_EPSILON, "added to the variance in a layer norm"),),
     )
     if plan.memory.total(1) >= 2**62:
-        raise UserError(f"{config.name}: needs {plan.memory.total(1):.3g} bytes, more than 64-bit offsets reach; make it smaller")
+        raise UserError(
+            f"{config.name}: needs {plan.memory.total(1):.3g} bytes, more than 64-bit offsets reach; make it smaller"
+        )
     return plan
 
 

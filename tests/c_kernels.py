@@ -24,7 +24,7 @@ enum {
 %s};
 static const float LN_EPSILON = 1e-5f;
 static int num_threads = 1;
-static float *shared_scratch, *thread_scratch;
+static float *thread_scratch;
 static FILE *logits_file;
 static void write_logits(const float *logits, int rows) {
     for (int row = 0; row < rows; row++) fwrite(logits + (size_t)row * VP, sizeof(float), V, logits_file);
@@ -63,7 +63,9 @@ def c_type(name: str) -> str:
         return f"int {name}"
     if name in FLOATS:
         return f"float {name}"
-    return {"tokens": "const int *tokens", "targets": "const int *targets", "size": "size_t size"}.get(name, f"float *{name}")
+    return {"tokens": "const int *tokens", "targets": "const int *targets", "size": "size_t size"}.get(
+        name, f"float *{name}"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,14 @@ def source(sizes: Sizes, profile: cpu.Profile, overrides: dict[str, int] | None 
     """The C of all kernels, with an exported test_NAME around each."""
     s, c, rows = sizes, sizes.channels, sizes.batch * sizes.seq_len
     longest = s.max_seq_len or s.seq_len
-    fixed = {"NH": s.num_heads, "HS": s.head_size, "C": c, "V": s.vocab_size, "VP": s.padded_vocab_size, "MAXT": longest}
+    fixed = {
+        "NH": s.num_heads,
+        "HS": s.head_size,
+        "C": c,
+        "V": s.vocab_size,
+        "VP": s.padded_vocab_size,
+        "MAXT": longest,
+    }
     blocking = cpu.constants(
         profile,
         linears=[(rows, c, 3 * c), (rows, c, c), (rows, c, 4 * c), (rows, 4 * c, c)],
@@ -125,9 +134,7 @@ def wrappers() -> str:
         "#ifdef _OPENMP",
         "    omp_set_num_threads(threads);",
         "#endif",
-        "    free(shared_scratch);",
         "    free(thread_scratch);",
-        "    shared_scratch = aligned_alloc(64, sizeof(float) * SHARED_SCRATCH);",
         "    thread_scratch = aligned_alloc(64, sizeof(float) * THREAD_SCRATCH * (size_t)threads);",
         "}",
         "void test_logits_file(const char *path);",
