@@ -23,6 +23,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 TARGETS = ("c", "cuda")
 VOCABULARY_MULTIPLE = 128  # vocabulary rows are padded to a multiple of this
+LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 INT_MAX = 2**31 - 1
 
 
@@ -59,6 +60,9 @@ class TrainConfig:
     steps: int = -1  # -1 is one epoch
     total_batch_size: int = 0  # tokens in an optimizer step; 0 is one micro-batch
     learning_rate: float = 3e-4
+    lr_schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_lr_fraction: float = 1.0
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -68,6 +72,7 @@ class TrainConfig:
     val_steps: int = 20
     sample_every: int = 0
     sample_length: int = 64
+    shuffle: bool = False
     seed: int = 1337
 
 
@@ -255,7 +260,12 @@ def check(config: Config, target: str, source: str) -> None:
         refuse(f"grad_clip = {train.grad_clip} must not be negative; 0 turns clipping off")
     if train.steps < -1:
         refuse(f"steps = {train.steps} must be -1 (one epoch), 0 or more")
-    for name in ("total_batch_size", "val_every", "val_steps", "sample_every", "sample_length", "seed"):
+    if train.lr_schedule not in LR_SCHEDULES:
+        refuse(f'lr_schedule = "{train.lr_schedule}" is not known; use {_either(LR_SCHEDULES)}')
+    if not 0 <= train.final_lr_fraction <= 1:
+        refuse(f"final_lr_fraction = {train.final_lr_fraction} must be from 0 to 1")
+    counts = ("total_batch_size", "warmup_steps", "val_every", "val_steps", "sample_every", "sample_length", "seed")
+    for name in counts:
         if getattr(train, name) < 0:
             refuse(f"{name} = {getattr(train, name)} must not be negative")
     micro_batch = program.batch_size * program.seq_len

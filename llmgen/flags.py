@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
 
-C_TYPES = {"text": "const char", "integer": "int", "real": "double"}
+C_TYPES = {"text": "const char", "integer": "int", "switch": "int", "real": "double"}
 WIDTH = 120  # columns of the generated source
 
 
@@ -20,7 +20,7 @@ WIDTH = 120  # columns of the generated source
 class Flag:
     name: str  # without the dashes
     short: str  # llm.c's letter, or ""
-    kind: str  # "text", "integer" or "real"
+    kind: str  # "text", "integer", "real", or "switch": on without a value, or with 0 or 1
     metavar: str
     help: str
     field: str = ""  # the name with underscores, unless said
@@ -41,6 +41,9 @@ FLAGS = (
     Flag("batch-size", "b", "integer", "N", "sequences in a micro-batch: fixed when the program is built", minimum=1),
     Flag("seq-len", "t", "integer", "N", "tokens in a sequence: fixed when the program is built", minimum=1),
     Flag("lr", "l", "real", "X", "learning rate", field="learning_rate"),
+    Flag("lr-schedule", "k", "text", "NAME", "constant, linear, cosine or wsd: how the rate falls"),
+    Flag("warmup-steps", "u", "integer", "N", "steps in which the rate rises from 0"),
+    Flag("final-lr-fraction", "q", "real", "X", "the rate of the last step, as a part of --lr"),
     Flag("weight-decay", "c", "real", "X", "decay of the tensors of rank 2 and more, embeddings included"),
     Flag("beta1", "", "real", "X", "AdamW: memory of the mean of the gradients"),
     Flag("beta2", "", "real", "X", "AdamW: memory of their squares"),
@@ -50,7 +53,8 @@ FLAGS = (
     Flag("val-steps", "m", "integer", "N", "batches in a validation, always the same ones"),
     Flag("sample-every", "s", "integer", "N", "print a sample every N steps and at the last; 0 is never"),
     Flag("sample-length", "g", "integer", "N", "tokens in a sample"),
-    Flag("seed", "", "integer", "N", "of the first weights and of the samples"),
+    Flag("shuffle", "", "switch", "0|1", "take the training data in an order of its own each epoch, by --seed"),
+    Flag("seed", "", "integer", "N", "of the first weights, the samples and the shuffling"),
     Flag("debug-state", "", "text", "FILE", "write logits, loss and gradients of the first step here; train nothing"),
 )
 
@@ -76,6 +80,8 @@ def c_members(flags: Sequence[Flag]) -> str:
     for kind, c_type in C_TYPES.items():
         star = "*" if kind == "text" else ""
         names = [star + flag.field for flag in flags if flag.kind == kind]
+        if not names:
+            continue
         lines.append(wrapped([c_type, *(name + "," for name in names[:-1]), names[-1] + ";"], 8))
     return "\n".join(lines)
 
@@ -84,7 +90,7 @@ def c_defaults(flags: Sequence[Flag]) -> str:
     """The initialiser of a Settings, in the order of its members; what is not there is NULL."""
     given = [flag for kind in C_TYPES for flag in flags if flag.kind == kind and flag.default is not None]
     return wrapped(
-        [f".{f.field} = {json.dumps(f.default) if f.kind == 'text' else repr(f.default)}," for f in given], 4
+        [f".{f.field} = {json.dumps(f.default) if f.kind == 'text' else repr(int(f.default) if f.kind == 'switch' else f.default)}," for f in given], 4
     )
 
 

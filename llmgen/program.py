@@ -15,6 +15,17 @@ from llmgen.plan import Plan
 BYTE_VOCABULARY = 257  # every byte, and end-of-text
 GPT2_VOCABULARY = 50257
 
+# How `llmgen run` trains where no data is named; each is one of the program's flags, and can be given.
+BUILTIN_TRAINING = {
+    "--steps -x": "3000",
+    "--shuffle": "1",
+    "--warmup-steps -u": "100",
+    "--final-lr-fraction -q": "0.1",
+    "--val-every -v": "500",
+    "--val-steps -m": "100",
+    "--sample-length -g": "256",
+}
+
 
 @dataclass(frozen=True)
 class Built:
@@ -91,6 +102,9 @@ def run(config, target, cpu, arch, out, flags: list[str]) -> int:
             defaults += ["--val-data", str(corpus / "val_*.bin")]
         if not given & {"--tokenizer"}:
             defaults += ["--tokenizer", str(corpus / "tokenizer.bin")]
+        for names, value in BUILTIN_TRAINING.items():
+            if not given & {*names.split()}:
+                defaults += [names.split()[0], value]
     if not given & {"--sample-every", "-s"} and not config.train.sample_every:
         defaults += ["--sample-every", str(configs.INT_MAX)]  # so only after the last step
     if not given & {"--save", "--debug-state"}:
