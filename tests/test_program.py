@@ -566,15 +566,15 @@ def test_a_signal_lets_the_step_finish_and_the_model_be_saved(program, data, tmp
 
 
 def test_a_second_signal_ends_the_program_at_once(program, data, tmp_path):
-    flags = ("--train-data", data, "--steps", 2, "-d", BT * 10**6, "--save", "model.bin")
+    flags = ("--train-data", data, "--val-data", data, "--steps", 2, "-d", BT * 10**6, "--save", "model.bin")
     started = Started(program, tmp_path, *flags)
-    started.wait_for(b"memory")
-    time.sleep(0.2)
+    started.wait_for(b"val loss")  # the last line before the first step
+    time.sleep(0.5)
     started.process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert started.process.poll() is None, "it finishes its step"
     started.process.send_signal(signal.SIGTERM)
-    assert started.process.wait(5) == 143
+    assert started.process.wait(20) == 143
     assert sorted(os.listdir(tmp_path)) == ["data"]
 
 
