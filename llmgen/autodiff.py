@@ -12,8 +12,6 @@ from llmgen.graph import Carry, Function, Op, Segment, Step, Tensor
 from llmgen.ops import ADD, ZERO
 
 
-
-
 def gradient_of(parameter: Tensor) -> Tensor:
     return Tensor("d" + parameter.name, parameter.shape, parameter.dtype, "gradient", parameter.layers)
 
@@ -142,4 +140,3 @@ class _Differentiation:
             name, i = f"d{t.name}_{i}", i + 1
         self.names.add(name)
         return Tensor(name, t.shape, t.dtype)
-

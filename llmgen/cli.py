@@ -3,6 +3,7 @@
 Heavy modules are imported where they are used, so that `llmgen --help` is instant.
 """
 
+import signal
 import sys
 
 import click
@@ -104,6 +105,53 @@ def run(out, flags, **choices):
     sys.exit(program.run(config, choices["target"], choices["cpu"], choices["arch"], out, list(flags)))
 
 
+@cli.command("export-tokens")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option(
+    "--tokenizer",
+    default="gpt2",
+    show_default=True,
+    metavar="T",
+    help="gpt2, bytes, a folder with a tokenizer.json, or the file.",
+)
+@click.option("--out", required=True, metavar="DIR", help="The folder for train_*.bin, val_*.bin and tokenizer.bin.")
+@click.option("--val-fraction", type=float, default=0.05, show_default=True, metavar="X", help="Held out for validation.")
+@click.option("--shard-size", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens in a file.")
+@click.option("--errors", default="strict", show_default=True, metavar="HOW", help="What is not UTF-8: strict or replace.")
+def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors):
+    """Encodes text files and folders as token shards."""
+    from llmgen import data
+
+    with data.terminal_progress("export-tokens") as progress:
+        made = data.export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, progress)
+    click.echo(made.summary())
+
+
+@cli.command("export-weights")
+@click.argument("source")
+@click.option("--out", required=True, metavar="FILE", help="The weights file.")
+@click.option("--dtype", default="fp32", show_default=True, metavar="D", help="fp32 or bf16.")
+@click.option("--config", "config_source", metavar="C", help="Instead of the config.json beside the weights.")
+def export_weights(source, out, dtype, config_source):
+    """Converts a HuggingFace hub id, folder or .safetensors file to a weights file."""
+    from llmgen import config, huggingface
+
+    given = config.load(config_source) if config_source else None
+    huggingface.export_weights(source, out, dtype, given, note=click.echo)
+
+
+@cli.command("import-weights")
+@click.argument("file")
+@click.option("--out", required=True, metavar="DIR", help="The folder, for transformers' from_pretrained.")
+@click.option("--state", metavar="STATE", help="A debug state, whose gradients become gradients.safetensors.")
+def import_weights(file, out, state):
+    """Converts a weights file to a folder that transformers loads."""
+    from llmgen import huggingface
+
+    for path in huggingface.import_weights(file, out, state):
+        click.echo(path)
+
+
 @cli.command()
 @config_options
 def verify(**choices):
@@ -121,6 +169,7 @@ def verify(**choices):
 
 def main():
     """The entry point: exit statuses and one-line errors, as for every failure."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # writers remove what is half done on the way out
     try:
         cli.main(standalone_mode=False)
     except UserError as error:

@@ -90,9 +90,7 @@ def export_tokens(
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
     if not 1 <= shard_size <= tokens.MAX_TOKENS:
-        raise UserError(
-            f"--shard-size {shard_size} must be from 1 to {tokens.MAX_TOKENS}, the most a token file can count"
-        )
+        raise UserError(f"--shard-size {shard_size} must be from 1 to {tokens.MAX_TOKENS}, the most a token file can count")
     if errors not in ("strict", "replace"):
         raise UserError(f"--errors {errors} is not known; use strict or replace")
     documents = find_documents(sources, out)
@@ -390,9 +388,7 @@ def corpus_documents() -> list[Document]:
         for name in names:
             path = os.path.join(folder, name)
             if name.endswith(".py") and os.path.isfile(path):
-                documents.append(
-                    Document(path, os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path))
-                )
+                documents.append(Document(path, os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)))
     if not documents:
         raise UserError(f"{root}: no sources of the standard library there; name your own text with --train-data")
     return sorted(documents, key=lambda document: os.fsencode(document.name))
@@ -432,9 +428,7 @@ def builtin_corpus(
                 os.rename(done, folder)
             except OSError as error:
                 if not folder.is_dir():  # else another process was first
-                    raise UserError(
-                        f"{folder}: cannot be written: {error.strerror}; set XDG_CACHE_HOME elsewhere"
-                    ) from None
+                    raise UserError(f"{folder}: cannot be written: {error.strerror}; set XDG_CACHE_HOME elsewhere") from None
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder

@@ -88,10 +88,14 @@ def c_members(flags: Sequence[Flag]) -> str:
 
 def c_defaults(flags: Sequence[Flag]) -> str:
     """The initialiser of a Settings, in the order of its members; what is not there is NULL."""
+
+    def literal(flag: Flag) -> str:
+        if flag.kind == "text":
+            return json.dumps(flag.default)
+        return repr(int(flag.default) if flag.kind == "switch" else flag.default)
+
     given = [flag for kind in C_TYPES for flag in flags if flag.kind == kind and flag.default is not None]
-    return wrapped(
-        [f".{f.field} = {json.dumps(f.default) if f.kind == 'text' else repr(int(f.default) if f.kind == 'switch' else f.default)}," for f in given], 4
-    )
+    return wrapped([f".{flag.field} = {literal(flag)}," for flag in given], 4)
 
 
 def c_rows(flags: Sequence[Flag]) -> str:

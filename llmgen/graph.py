@@ -12,7 +12,6 @@ repetitions that reads it (the backward of the block) reads the one of its own r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,8 +123,8 @@ class Kind:
     outputs: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     signature: tuple[str, ...] = ()
-    in_place: dict[str, tuple[str, ...]] = {}  # noqa: RUF012
-    addends: dict[str, str] = {}  # noqa: RUF012
+    in_place: dict[str, tuple[str, ...]] = {}
+    addends: dict[str, str] = {}
 
     def infer(self, inputs: dict[str, Tensor], attrs: dict) -> dict[str, tuple[tuple[Dim, ...], str]]:
         """Output name -> (shape, dtype)."""
@@ -307,4 +306,3 @@ class Builder:
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.bytes * (t.layers.size if t.layers else 1) for t in tensors)
-

@@ -130,9 +130,7 @@ def export_weights(
         if not (folder / "config.json").is_file():
             raise UserError(f"{source}: there is no config.json beside it; put it there or name one with --config")
         tables = config_tables(folder / "config.json", note)
-        config = from_tables(
-            Path(source).resolve().name.removesuffix(".safetensors"), tables, str(folder / "config.json")
-        )
+        config = from_tables(Path(source).resolve().name.removesuffix(".safetensors"), tables, str(folder / "config.json"))
     shapes = _shapes(config)
     stored = open_safetensors(shards)
     _check_tensors(source, stored, config, shapes)
@@ -141,9 +139,7 @@ def export_weights(
     return config
 
 
-def import_weights(
-    file: str | os.PathLike, out: str | os.PathLike, state: str | os.PathLike | None = None
-) -> list[Path]:
+def import_weights(file: str | os.PathLike, out: str | os.PathLike, state: str | os.PathLike | None = None) -> list[Path]:
     """Converts a weights file to a folder that `transformers` loads; returns the files written.
 
     They are config.json, generation_config.json and model.safetensors, in the file's own precision. state: a debug
@@ -248,9 +244,7 @@ def _from_hub(source: str, with_config: bool) -> tuple[Path, list[Path]]:
         config = get("config.json")
         if config is None and with_config:
             raise (
-                unreachable[0]
-                if unreachable
-                else UserError(f"{source}: has no config.json on the hub; name one with --config")
+                unreachable[0] if unreachable else UserError(f"{source}: has no config.json on the hub; name one with --config")
             )
         try:
             shards = _files_of_folder(source, get)
@@ -261,9 +255,7 @@ def _from_hub(source: str, with_config: bool) -> tuple[Path, list[Path]]:
     except UserError:
         raise
     except errors.GatedRepoError:
-        raise UserError(
-            f"{source}: the hub wants an accepted licence; accept it there and log in with hf auth login"
-        ) from None
+        raise UserError(f"{source}: the hub wants an accepted licence; accept it there and log in with hf auth login") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"{source}: neither an existing path nor a model on the hub (a private one needs hf auth login)"
@@ -378,9 +370,7 @@ def _check_tensors(source: str, stored: dict[str, Stored], config: Config, shape
     expected = _expected(config.model, shapes)
     for name in stored:
         if name not in expected and name != HEAD and not BUFFERS.fullmatch(name):
-            raise UserError(
-                f"{source}: tensor {stored[name].name} is not part of this GPT-2; does its config.json fit?"
-            )
+            raise UserError(f"{source}: tensor {stored[name].name} is not part of this GPT-2; does its config.json fit?")
     for name, (_, _, shape) in expected.items():
         if name not in stored:
             raise UserError(f"{source}: tensor {name} is missing; does its config.json fit?")

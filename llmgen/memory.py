@@ -180,7 +180,7 @@ class _Times:
         return home is not None and bool(self.readers[t.name] - {home})
 
     def hands_over(self, c: Carry, i: int, saved: bool) -> bool:
-        """Whether the block can write what it hands on where it goes: a slot of its own, or where it found what it was handed."""
+        """Whether what the block hands on can be written where it goes: a slot of its own, or where the block was handed it."""
         if c.next == c.inside:
             return not saved
         if self.home.get(c.next.name) != i or all(c.next not in op.outputs.values() for op in self.function.segments[i].ops):

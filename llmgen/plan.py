@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from llmgen import cpu, memory, models, ops, passes
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
-from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim, product
-from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
+from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim
+from llmgen.memory import Buffer, Layout, stride_expr, stride_values
 from llmgen.models import transformer
 
 ALIGNMENT = {"c": 64, "cuda": 256}  # bytes at which every tensor, and every layer of it, starts
@@ -198,9 +198,7 @@ class Plan:
                 for p in self.parameters
             ],
             "activations": [
-                tensor(
-                    b.name, plan.shape(b), names[b.dtype], offset=plan.offset(b), bytes=b.bytes, per_layer=bool(b.slots)
-                )
+                tensor(b.name, plan.shape(b), names[b.dtype], offset=plan.offset(b), bytes=b.bytes, per_layer=bool(b.slots))
                 for b in plan.buffers
             ],
             "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total(threads), "threads": threads},
@@ -248,9 +246,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
         thread_scratch=scratch["THREAD_SCRATCH"],
-        flops=sum(
-            op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops
-        ),
+        flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
         reals=(("LN_EPSILON", transformer.LAYERNORM_EPSILON, "added to the variance in a layer norm"),),
     )

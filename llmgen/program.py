@@ -150,7 +150,9 @@ def largest_batch(config: Config, target: str, cpu: str, memory: str) -> str:
         return plans.make(config.replace(batch_size=batch_size, total_batch_size=0), target, cpu).memory.total(n)
 
     if total(1) > limit:
-        raise UserError(f"{config.name}: batch_size = 1 needs {total(1):,} bytes, more than {limit:,}; lower seq_len or the model")
+        raise UserError(
+            f"{config.name}: batch_size = 1 needs {total(1):,} bytes, more than {limit:,}; lower seq_len or the model"
+        )
     most = configs.INT_MAX // 8 // config.program.seq_len
     low, high = 1, 2
     while high <= most and total(high) <= limit:

@@ -40,9 +40,7 @@ _CUTS = (
 # Each matches from where it is started to the last place where a text can be cut.
 CUT_GPT2 = re.compile(f"(?s:.*)(?:{'|'.join(_CUTS)})")
 CUT_ANYWHERE = re.compile("(?s:.*)")
-CUT_WORDS = re.compile(
-    "(?s:.*)(?<=[A-Za-z0-9])(?= )"
-)  # for the later patterns below, whose others may take newlines along
+CUT_WORDS = re.compile("(?s:.*)(?<=[A-Za-z0-9])(?= )")  # for the later patterns below, whose others may take newlines along
 
 _LONG_SPACE = re.compile(f"[{_SPACE}]{{5000,}}(?=[^{_SPACE}])")
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -75,9 +73,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         if not path.is_file():
             raise UserError(f"{path}: no such file; save the tokenizer there with transformers' save_pretrained")
     elif not path.exists():
-        raise UserError(
-            f"tokenizer '{name}' is neither gpt2 nor bytes nor an existing tokenizer.json or folder with one"
-        )
+        raise UserError(f"tokenizer '{name}' is neither gpt2 nor bytes nor an existing tokenizer.json or folder with one")
     return file_tokenizer(path)
 
 
@@ -98,9 +94,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
     ranks = _packaged_ranks()
     if ranks is not None:
-        encoding = tiktoken.Encoding(
-            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}
-        )
+        encoding = tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
     else:
         try:
             encoding = tiktoken.get_encoding("gpt2")

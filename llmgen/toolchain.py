@@ -61,9 +61,7 @@ def compile(source: Path, program: Path, profile: Profile) -> Build:
     compiler = _find_compiler("CC", C_COMPILERS)
     if compiler is None:
         line = compile_line(program.name, profile)
-        raise UserError(
-            f"no C compiler found (gcc, clang or cc); take {source} where there is one and compile it: {line}"
-        )
+        raise UserError(f"no C compiler found (gcc, clang or cc); take {source} where there is one and compile it: {line}")
     cflags = shlex.split(os.environ.get("CFLAGS", ""))
     openmp = _probe_openmp(compiler, cflags)
     notice = ""

@@ -53,8 +53,8 @@ SIGNATURES = {
     "sum_of_squares": "x size",
     "adamw_update": "param m v grad size grad_scale learning_rate weight_decay beta1 beta2 epsilon step",
 }
-INTS = "n c oc b t rows accumulate step".split()
-FLOATS = "loss_scale grad_scale learning_rate weight_decay beta1 beta2 epsilon".split()
+INTS = ["n", "c", "oc", "b", "t", "rows", "accumulate", "step"]
+FLOATS = ["loss_scale", "grad_scale", "learning_rate", "weight_decay", "beta1", "beta2", "epsilon"]
 MATH = ("vexp", "vlog", "vtanh", "vsqrt", "vgelu", "vgelu_grad")
 
 
@@ -63,9 +63,7 @@ def c_type(name: str) -> str:
         return f"int {name}"
     if name in FLOATS:
         return f"float {name}"
-    return {"tokens": "const int *tokens", "targets": "const int *targets", "size": "size_t size"}.get(
-        name, f"float *{name}"
-    )
+    return {"tokens": "const int *tokens", "targets": "const int *targets", "size": "size_t size"}.get(name, f"float *{name}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Random functions for property tests: chains of adds, GELUs and copies, blocks with one or two carries and captured tensors."""
+"""Random functions for property tests: adds, GELUs and copies, blocks with one or two carries and captured tensors."""
 
 import random
 

@@ -32,9 +32,7 @@ def runs_here(profile: str) -> bool:
 def build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
 
-    def build(
-        sizes=None, profile="x86-64-v3", threads=2, compiler="gcc", flags=GNU11, march=True, overrides=None
-    ) -> Library:
+    def build(sizes=None, profile="x86-64-v3", threads=2, compiler="gcc", flags=GNU11, march=True, overrides=None) -> Library:
         if march and not runs_here(profile):
             pytest.skip(f"this processor is no {profile}")
         if shutil.which(compiler) is None:

@@ -47,9 +47,7 @@ ALPHABET = st.sampled_from(
     list(" \n\t\r\x0b\x85\xa0\u1680\u2003\u2028\u3000\u180e\x1c'''sdmtlverSDMT")
     + list("09٣½²aZéñß中文、。ぁ가ア!?-_/<|>…“’\u0301\u200b😀")
 )
-TEXT = st.lists(st.one_of(ALPHABET, ALPHABET, st.sampled_from(["'s", "'ll", "n't", "   ", " '", "12", "end"]))).map(
-    "".join
-)
+TEXT = st.lists(st.one_of(ALPHABET, ALPHABET, st.sampled_from(["'s", "'ll", "n't", "   ", " '", "12", "end"]))).map("".join)
 
 
 def blocks_of(text: str, cuts: list[int]) -> list[str]:
@@ -244,9 +242,7 @@ def test_what_is_not_utf8_is_refused_with_its_file_and_offset(tmp_path, small_bl
     with pytest.raises(UserError, match=rf"bad\.txt: byte {len(good)} is not UTF-8 .*--errors replace"):
         data.export_tokens([str(tmp_path / "bad.txt")], "bytes", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export = data.export_tokens(
-        [str(tmp_path / "bad.txt")], "bytes", tmp_path / "out", val_fraction=0, errors="replace"
-    )
+    export = data.export_tokens([str(tmp_path / "bad.txt")], "bytes", tmp_path / "out", val_fraction=0, errors="replace")
     assert bytes(ids(export.train_files)[1:]) == bad.decode(errors="replace").encode()
 
 
@@ -310,9 +306,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
 def test_progress_reaches_the_end(tmp_path, small_blocks):
     (tmp_path / "t.txt").write_text("x" * 100)
     seen = []
-    data.export_tokens(
-        [str(tmp_path)], "bytes", tmp_path / "out", progress=lambda done, total: seen.append((done, total))
-    )
+    data.export_tokens([str(tmp_path)], "bytes", tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (100, 100) and len(seen) > 10
 
 

@@ -235,9 +235,7 @@ def test_a_debug_state_of_another_model_gives_one_line(tmp_path):
         debug_state.read(tmp_path / "s.bin", 100, SHAPES)
 
 
-@pytest.mark.parametrize(
-    "at, value, words", [(0, 1, "magic number 1"), (1, 9, "version 9, expected 2"), (2, 0, "B = 0")]
-)
+@pytest.mark.parametrize("at, value, words", [(0, 1, "magic number 1"), (1, 9, "version 9, expected 2"), (2, 0, "B = 0")])
 def test_a_wrong_debug_state_header_gives_one_line(tmp_path, at, value, words):
     path = tmp_path / "s.bin"
     write_state(path)
@@ -416,9 +414,7 @@ def test_a_limit_on_file_sizes_gives_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "name, words", [("none/w.bin", "No such file"), ("file/w.bin", "Not a directory"), ("dir", "Is a")]
-)
+@pytest.mark.parametrize("name, words", [("none/w.bin", "No such file"), ("file/w.bin", "Not a directory"), ("dir", "Is a")])
 def test_a_place_that_cannot_be_written_gives_one_line(tmp_path, name, words):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "dir").mkdir()

@@ -7,7 +7,15 @@ from llmgen import config, models, ops, passes, reference
 from llmgen.passes import fusion
 from llmgen.verify import random_parameters
 
-SMALL = {"num_layers": 3, "num_heads": 2, "channels": 8, "vocab_size": 21, "max_seq_len": 12, "batch_size": 2, "seq_len": 7}
+SMALL = {
+    "num_layers": 3,
+    "num_heads": 2,
+    "channels": 8,
+    "vocab_size": 21,
+    "max_seq_len": 12,
+    "batch_size": 2,
+    "seq_len": 7,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +70,7 @@ def test_an_add_whose_part_is_read_elsewhere_stays(plain):
     from llmgen.graph import Op, Tensor
 
     extra = Op(again, {"inp": attproj.outputs["out"]}, {"out": Tensor("again", attproj.outputs["out"].shape)})
-    changed = function.replace(
-        segments=(function.segments[0], block.replace(ops=(*block.ops, extra)), *function.segments[2:])
-    )
+    changed = function.replace(segments=(function.segments[0], block.replace(ops=(*block.ops, extra)), *function.segments[2:]))
     kinds = [op.kind for op in fusion.add_into(changed).segments[1].ops]
     assert kinds.count(ops.ADD) == 1
 
@@ -76,5 +82,5 @@ def test_later_micro_batches_add_to_the_gradients(plain):
     one, two = reference.run(fused, first), reference.run(fused, second)
     gradients = {"d" + p.name: one["d" + p.name].copy() for p in plain.parameters}
     both = reference.run(fused, {**second, **gradients, "micro_batch": 1})
-    for name, gradient in gradients.items():
+    for name in gradients:
         np.testing.assert_allclose(both[name], one[name] + two[name], rtol=1e-9, atol=1e-13)

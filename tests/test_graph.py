@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from llmgen import ops
-from llmgen.ops.gelu import gelu
 from llmgen.autodiff import differentiate
 from llmgen.graph import Builder, Carry, Dim, Function, Kind, Op, Segment, Step, Tensor, check, product
+from llmgen.ops.gelu import gelu
 from llmgen.reference import run
 
 B, T, C, L = Dim(2, "B"), Dim(3, "T"), Dim(4, "C"), Dim(3, "L")
@@ -109,6 +109,8 @@ def test_a_graph_that_reads_what_is_not_made_is_refused():
 def test_a_tensor_of_one_block_cannot_be_read_in_a_block_of_another_length():
     forward = network(captured=False, used_after=False)
     block = forward.segments[1]
-    other = Segment("other", (Op(ops.GELU, {"inp": block.ops[0].outputs["out"]}, {"out": Tensor("z", (B, T, C))}),), Dim(5, "M"))
+    other = Segment(
+        "other", (Op(ops.GELU, {"inp": block.ops[0].outputs["out"]}, {"out": Tensor("z", (B, T, C))}),), Dim(5, "M")
+    )
     with pytest.raises(ValueError, match="exists L times"):
         check(forward.replace(segments=(*forward.segments, other)))

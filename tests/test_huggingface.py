@@ -149,9 +149,7 @@ def test_a_file_needs_a_config_beside_it_or_given(tmp_path):
     file = str(source / "model.safetensors")
     huggingface.export_weights(file, tmp_path / "a.bin")
     (source / "config.json").unlink()
-    assert "there is no config.json beside it; put it there or name one with --config" in refusal(
-        file, tmp_path / "b.bin"
-    )
+    assert "there is no config.json beside it; put it there or name one with --config" in refusal(file, tmp_path / "b.bin")
     huggingface.export_weights(file, tmp_path / "b.bin", config=CONFIG)
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
     large = CONFIG.replace(vocab_size=102)
@@ -321,9 +319,7 @@ def test_gradients_of_a_debug_state_come_under_the_same_names(tmp_path):
         np.testing.assert_array_equal(got[name], tensor)
 
 
-@pytest.mark.parametrize(
-    "file, out, words", [("none.bin", "o", "none.bin: no such file"), ("w.bin", "w.bin", "stands where")]
-)
+@pytest.mark.parametrize("file, out, words", [("none.bin", "o", "none.bin: no such file"), ("w.bin", "w.bin", "stands where")])
 def test_what_cannot_be_imported_gives_one_line(tmp_path, monkeypatch, file, out, words):
     monkeypatch.chdir(tmp_path)
     huggingface.export_weights(str(save(tmp_path / "hf", hf_tensors())), "w.bin")

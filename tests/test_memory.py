@@ -48,9 +48,7 @@ class Workspace:
 def double_sized(function):
     """The layout counts four bytes a value; the test computes in eight."""
     layout = memory.layout(function, 64)
-    buffers = tuple(
-        memory.Buffer(**{**b.__dict__, "offset": 2 * b.offset, "stride": 2 * b.stride}) for b in layout.buffers
-    )
+    buffers = tuple(memory.Buffer(**{**b.__dict__, "offset": 2 * b.offset, "stride": 2 * b.stride}) for b in layout.buffers)
     return memory.Layout(buffers, layout.places, 2 * layout.saved_bytes, 2 * layout.arena_bytes, 2 * layout.arena_lower_bound)
 
 

@@ -13,7 +13,24 @@ def gpt2():
 
 def test_the_parameter_table_of_gpt2_124m_is_that_of_llm_c(gpt2):
     rows = {p.name: (tuple(d.size for d in p.tensor.stacked), p.file_offset) for p in gpt2.parameters}
-    assert list(rows) == "wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb".split()
+    assert list(rows) == [
+        "wte",
+        "wpe",
+        "ln1w",
+        "ln1b",
+        "qkvw",
+        "qkvb",
+        "attprojw",
+        "attprojb",
+        "ln2w",
+        "ln2b",
+        "fcw",
+        "fcb",
+        "fcprojw",
+        "fcprojb",
+        "lnfw",
+        "lnfb",
+    ]
     assert rows["wte"] == ((50304, 768), 0)
     assert rows["qkvw"] == ((12, 2304, 768), 157_754_368 - 1024)
     assert rows["lnfb"][1] + 768 * 4 == 497_903_616

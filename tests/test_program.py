@@ -239,10 +239,7 @@ def test_initial_weights_are_those_of_gpt2(run, tmp_path):
 
 def test_one_epoch_is_all_samples_once(run, data):
     lines = succeeds(run("--train-data", data))
-    assert (
-        f"train-data: 1 file, 1000 tokens, 15 samples of {B} x {T}; 40 tokens at the ends of files are left out"
-        in lines
-    )
+    assert f"train-data: 1 file, 1000 tokens, 15 samples of {B} x {T}; 40 tokens at the ends of files are left out" in lines
     assert len(losses(lines)) == 999 // BT
     assert len(losses(succeeds(run("--train-data", data, "-d", 2 * BT)))) == 999 // BT // 2
 
@@ -326,9 +323,7 @@ def test_sampling_does_not_disturb_training(run, data):
 
 def test_a_sample_depends_on_the_seed_alone(run, data):
     succeeds(run("--train-data", data, "--steps", 30, "--save", "model.bin"))
-    first, again, other = (
-        sample_of(succeeds(run("--steps", 0, "--load", "model.bin", "--seed", seed))) for seed in (1, 1, 2)
-    )
+    first, again, other = (sample_of(succeeds(run("--steps", 0, "--load", "model.bin", "--seed", seed))) for seed in (1, 1, 2))
     assert first == again != other
 
 

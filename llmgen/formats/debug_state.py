@@ -82,9 +82,7 @@ def write(
     """
     b, t = inputs.shape
     if targets.shape != (b, t) or logits.ndim != 3 or logits.shape[:2] != (b, t):
-        raise ValueError(
-            f"inputs {inputs.shape}, targets {targets.shape} and logits {logits.shape} do not fit together"
-        )
+        raise ValueError(f"inputs {inputs.shape}, targets {targets.shape} and logits {logits.shape} do not fit together")
     with files.replacing(path) as output:
         output.write(files.header(MAGIC, VERSION, b, t))
         output.write(np.ascontiguousarray(inputs, "<i4"))

@@ -26,13 +26,9 @@ def read(path: str | os.PathLike) -> tuple[list[bytes], int]:
     if version == 1:
         end_of_text = VERSION_1[1]
         if count != VERSION_1[0]:
-            raise UserError(
-                f"{path}: version 1 holds {VERSION_1[0]} tokens, not {count}; export it again with export-tokens"
-            )
+            raise UserError(f"{path}: version 1 holds {VERSION_1[0]} tokens, not {count}; export it again with export-tokens")
     if not 0 <= end_of_text < count:
-        raise UserError(
-            f"{path}: header says {count} tokens and end-of-text {end_of_text}; export it again with export-tokens"
-        )
+        raise UserError(f"{path}: header says {count} tokens and end-of-text {end_of_text}; export it again with export-tokens")
     with files.reading(path) as file:
         data = file.read()[files.HEADER_BYTES :]
     table, at = [], 0

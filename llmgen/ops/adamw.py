@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov, Hutter 2017, arXiv:1711.05101) on a range of the flat parameter buffer, and the sum of squares for clipping.
+"""AdamW (Loshchilov, Hutter 2017, arXiv:1711.05101) on ranges of the flat parameter buffer; the sum of squares for clipping.
 
 g = grad * grad_scale; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
 param -= learning_rate * (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + epsilon) + weight_decay * param).

@@ -11,7 +11,7 @@ class Add(Kind):
     outputs = ("out",)
     inputs = ("a", "b")
     signature = ("out", "a", "b", "n")
-    in_place = {"out": ("a", "b")}  # noqa: RUF012
+    in_place = {"out": ("a", "b")}
 
     def infer(self, inputs, attrs):
         return {"out": (inputs["a"].shape, "f32")}

@@ -41,7 +41,7 @@ class CrossEntropyBackward(Kind):
     function = "cross_entropy_backward"
     outputs = ("dlogits",)
     inputs = ("dlosses", "logits", "targets")
-    in_place = {"dlogits": ("logits",)}  # noqa: RUF012
+    in_place = {"dlogits": ("logits",)}
 
     def infer(self, inputs, attrs):
         return {"dlogits": (inputs["logits"].shape, "f32")}

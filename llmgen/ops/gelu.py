@@ -26,7 +26,7 @@ class Gelu(Kind):
     outputs = ("out",)
     inputs = ("inp",)
     signature = ("out", "inp", "n")
-    in_place = {"out": ("inp",)}  # noqa: RUF012
+    in_place = {"out": ("inp",)}
 
     def infer(self, inputs, attrs):
         return {"out": (inputs["inp"].shape, "f32")}
@@ -50,7 +50,7 @@ class GeluBackward(Kind):
     outputs = ("dinp",)
     inputs = ("dout", "inp")
     signature = ("dinp", "dout", "inp", "n")
-    in_place = {"dinp": ("dout",)}  # noqa: RUF012
+    in_place = {"dinp": ("dout",)}
 
     def infer(self, inputs, attrs):
         return {"dinp": (inputs["inp"].shape, "f32")}

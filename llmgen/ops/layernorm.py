@@ -50,8 +50,8 @@ class LayerNormBackward(Kind):
         *("dinp", "dweight", "dbias", "dout", "inp", "mean", "rstd", "weight", "addend", "n", "c"),
         "accumulate",
     )
-    in_place = {"dinp": ("addend",)}  # noqa: RUF012
-    addends = {"dinp": "addend"}  # noqa: RUF012
+    in_place = {"dinp": ("addend",)}
+    addends = {"dinp": "addend"}
 
     def infer(self, inputs, attrs):
         shape, channels = inputs["inp"].shape, inputs["weight"].shape

@@ -10,8 +10,8 @@ class Linear(Kind):
     outputs = ("out",)
     inputs = ("inp", "weight", "bias", "addend")
     signature = ("out", "inp", "weight", "bias", "addend", "n", "c", "oc")
-    in_place = {"out": ("addend",)}  # noqa: RUF012
-    addends = {"out": "addend"}  # noqa: RUF012
+    in_place = {"out": ("addend",)}
+    addends = {"out": "addend"}
 
     def infer(self, inputs, attrs):
         return {"out": ((*inputs["inp"].shape[:-1], inputs["weight"].shape[0]), "f32")}

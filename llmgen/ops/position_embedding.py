@@ -11,7 +11,7 @@ class PositionEmbedding(Kind):
     outputs = ("out",)
     inputs = ("inp", "wpe")
     signature = ("out", "inp", "wpe", "b", "t", "c")
-    in_place = {"out": ("inp",)}  # noqa: RUF012
+    in_place = {"out": ("inp",)}
 
     def infer(self, inputs, attrs):
         return {"out": (inputs["inp"].shape, "f32")}

@@ -75,7 +75,11 @@ def classifier(function: Function, chunk: int) -> Function:
             logits = entropy.inputs["logits"]
             rows = Dim(chunk, "CHUNK")
             held = Tensor(logits.name, (rows, logits.shape[-1]), logits.dtype)
-            inputs = {"inp": linear.inputs["inp"], "weight": linear.inputs["weight"], "targets": entropy.inputs["targets"]}
+            inputs = {
+                "inp": linear.inputs["inp"],
+                "weight": linear.inputs["weight"],
+                "targets": entropy.inputs["targets"],
+            }
             outputs = {"losses": entropy.outputs["losses"]}
             readers = [op for op in view.ops if logits in op.inputs.values() and op is not entropy]
             if not readers and view.uses(logits) == 1:
