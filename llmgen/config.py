@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from llmgen import families
 from llmgen.errors import UserError
 
 try:
@@ -27,17 +28,56 @@ LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 INT_MAX = 2**31 - 1
 
 
+NORMS = ("layernorm", "rmsnorm")
+NORM_POSITIONS = ("pre", "sandwich")
+POSITIONS = ("learned", "rope", "none")
+ROPE_SCALINGS = ("none", "llama3")
+ACTIVATIONS = ("gelu", "gelu_exact", "relu", "relu_squared", "silu")
+MLPS = ("plain", "gated")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
+    """The architecture. What is not said takes the family's default, and where that is silent GPT-2's."""
+
     num_layers: int
     num_heads: int
     channels: int
     vocab_size: int
     max_seq_len: int
-
-    @property
-    def head_size(self) -> int:
-        return self.channels // self.num_heads
+    num_kv_heads: int = 0  # heads of keys and values, shared by groups of query heads; 0 is num_heads
+    head_size: int = 0  # 0 is channels / num_heads
+    mlp_channels: int = 0  # 0 is 4 * channels
+    norm: str = "layernorm"
+    norm_epsilon: float = 1e-5
+    norm_weight: bool = True
+    norm_bias: bool = True
+    norm_position: str = "pre"  # sandwich: a second norm behind attention and MLP, before the residual add
+    position: str = "learned"
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # part of each head's channels that is rotated
+    rope_scaling: str = "none"  # llama3: low frequencies are slowed down by rope_factor
+    rope_factor: float = 8.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_seq_len: int = 8192
+    activation: str = "gelu"  # gelu is the tanh form
+    mlp: str = "plain"  # gated: activation(gate) * fc
+    qkv_bias: bool = True
+    projection_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False  # RMS norm of each head's query and key
+    qk_norm_weight: bool = True
+    attention_window: tuple[int, ...] = (0,)  # positions a token sees, its own included; 0 is all; repeated over layers
+    attention_softcap: float = 0.0  # cap * tanh(score / cap); 0 is off
+    attention_scale: float = 0.0  # of the scores; 0 is 1 / sqrt(head_size)
+    tie_embeddings: bool = True
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add to the residual stream
+    zero_projections: bool = False  # projections into the residual stream begin at zero
+    z_loss: float = 0.0  # adds z_loss * log(sum(exp(logits)))^2 to the loss
+    label_smoothing: float = 0.0
 
     @property
     def padded_vocab_size(self) -> int:
@@ -89,17 +129,29 @@ class Config:
         tables = {table: dataclasses.asdict(getattr(self, table)) for table in TABLES}
         return {"family": self.family, **tables}
 
+    def stated(self) -> dict:
+        """As `to_dict`, without the fields of the model that the family says already."""
+        usual = _resolved(self.model, families.DEFAULTS[self.family])
+        tables = self.to_dict()
+        tables["model"] = {
+            f.name: getattr(self.model, f.name)
+            for f in dataclasses.fields(ModelConfig)
+            if f.default is dataclasses.MISSING or getattr(self.model, f.name) != getattr(usual, f.name)
+        }
+        return tables
+
     def to_toml(self) -> str:
         lines = [f'family = "{self.family}"']
+        stated = self.stated()
         for table in TABLES:
             lines += ["", f"[{table}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in self.to_dict()[table].items()]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in stated[table].items()]
         return "\n".join(lines) + "\n"
 
     @property
     def hash(self) -> str:
         """Eight hex digits that change when any field does; the name is not part of it."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(self.stated(), sort_keys=True).encode()).hexdigest()[:8]
 
     def replace(self, **fields) -> "Config":
         """A config with some fields changed, by their bare names, checked again."""
@@ -111,7 +163,6 @@ class Config:
 
 
 TABLES = {"model": ModelConfig, "program": ProgramConfig, "train": TrainConfig}
-FAMILIES = ("gpt2",)
 
 
 def field_names(table: str) -> list[str]:
@@ -173,8 +224,8 @@ def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides:
     if unknown:
         raise UserError(f"{source}: unknown table or key '{unknown[0]}'{_nearest(unknown[0], ['family', *TABLES])}")
     family = raw.get("family")
-    if family not in FAMILIES:
-        raise UserError(f"{source}: family = {family!r} is not known; use one of: {', '.join(FAMILIES)}")
+    if family not in families.DEFAULTS:
+        raise UserError(f"{source}: family = {family!r} is not known; use one of: {', '.join(families.DEFAULTS)}")
     values = {}
     for table in TABLES:
         given = raw.get(table, {})
@@ -192,6 +243,7 @@ def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides:
         _check_keys(values[table], table, f"{source}: [{table}]")
     for key, value in overrides.items():
         values[table_of(key)][key] = value
+    values["model"] = families.defaults(family, values["model"]) | values["model"]
     tables = {}
     for table, kind in TABLES.items():
         for f in dataclasses.fields(kind):
@@ -200,10 +252,29 @@ def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides:
             elif f.default is dataclasses.MISSING:
                 raise UserError(f"{source}: [{table}] lacks '{f.name}'")
         tables[table] = kind(**values[table])
+    tables["model"] = _filled(tables["model"])
     config = Config(name, family, **tables)
     check(config, target, source)
     plain = from_tables(name, raw, source, target) if overrides else config
     return config if config == plain else dataclasses.replace(config, name=f"{name}-{config.hash}")
+
+
+def _filled(model: ModelConfig) -> ModelConfig:
+    """With the sizes that follow from others."""
+    if min(model.num_heads, model.channels) < 1:
+        return model  # refused by check
+    follows = {
+        "num_kv_heads": model.num_kv_heads or model.num_heads,
+        "head_size": model.head_size or model.channels // model.num_heads,
+        "mlp_channels": model.mlp_channels or 4 * model.channels,
+    }
+    return dataclasses.replace(model, **follows)
+
+
+def _resolved(model: ModelConfig, defaults: dict) -> ModelConfig:
+    """The model of the same required sizes with nothing said beside a family's defaults."""
+    sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING}
+    return _filled(ModelConfig(**sizes, **defaults))
 
 
 def check(config: Config, target: str, source: str) -> None:
@@ -221,7 +292,10 @@ def check(config: Config, target: str, source: str) -> None:
     for name in ("batch_size", "seq_len"):
         if getattr(program, name) < 1:
             refuse(f"{name} = {getattr(program, name)} must be at least 1")
-    if model.channels % model.num_heads:
+    for name in ("num_kv_heads", "head_size", "mlp_channels"):
+        if getattr(model, name) < 0:
+            refuse(f"{name} = {getattr(model, name)} must be at least 1")
+    if model.head_size == model.channels // model.num_heads and model.channels % model.num_heads:
         heads = [h for h in range(1, model.channels + 1) if model.channels % h == 0]
         near = sorted(heads, key=lambda h: abs(h - model.num_heads))[:2]
         down = model.channels // model.num_heads * model.num_heads
@@ -230,12 +304,13 @@ def check(config: Config, target: str, source: str) -> None:
             f"channels = {model.channels} is not divisible by num_heads = {model.num_heads}; "
             f"num_heads = {_either(sorted(near))} or channels = {_either(channels)} would work"
         )
+    _check_choices(model, refuse)
     if program.seq_len > model.max_seq_len:
         refuse(
             f"seq_len = {program.seq_len} exceeds max_seq_len = {model.max_seq_len}; "
             f"lower seq_len to {model.max_seq_len} or raise max_seq_len"
         )
-    for name in ("num_layers", "channels", "vocab_size", "max_seq_len"):
+    for name in ("num_layers", "channels", "vocab_size", "max_seq_len", "mlp_channels"):
         if getattr(model, name) > INT_MAX // 8:
             refuse(f"{name} = {getattr(model, name)} is too large; at most {INT_MAX // 8} is supported")
     if program.batch_size * program.seq_len > INT_MAX // 8:
@@ -276,6 +351,61 @@ def check(config: Config, target: str, source: str) -> None:
         )
 
 
+def _check_choices(model: ModelConfig, refuse) -> None:
+    """The switches of the architecture, alone and together."""
+    for name, known in (
+        ("norm", NORMS),
+        ("norm_position", NORM_POSITIONS),
+        ("position", POSITIONS),
+        ("rope_scaling", ROPE_SCALINGS),
+        ("activation", ACTIVATIONS),
+        ("mlp", MLPS),
+    ):
+        value = getattr(model, name)
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            refuse(f'{name} = "{value}" is not known; use {_either(near or known)}')
+    if model.num_heads % model.num_kv_heads:
+        fits = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+        refuse(
+            f"num_heads = {model.num_heads} is not a multiple of num_kv_heads = {model.num_kv_heads}; "
+            f"num_kv_heads = {_either(sorted(fits, key=lambda n: abs(n - model.num_kv_heads))[:2])} would work"
+        )
+    if model.norm == "rmsnorm" and model.norm_bias:
+        refuse('norm = "rmsnorm" has no bias; set norm_bias = false')
+    if model.norm_bias and not model.norm_weight:
+        refuse("norm_bias = true needs norm_weight = true")
+    if model.norm_position == "sandwich" and model.norm_bias:
+        refuse('norm_position = "sandwich" needs norm_bias = false: the second norms have no bias')
+    if model.mlp == "gated" and model.mlp_bias:
+        refuse('mlp = "gated" needs mlp_bias = false: a gated MLP has no biases')
+    if model.position == "rope":
+        rotated = model.head_size * model.rope_fraction
+        if not 0 < model.rope_fraction <= 1 or rotated != int(rotated) or int(rotated) % 2:
+            near = max(2, round(rotated / 2) * 2)
+            hint = f"; rope_fraction = {near / model.head_size:g} rotates {near}" if near <= model.head_size else ""
+            refuse(
+                f"rope_fraction = {model.rope_fraction:g} of head_size = {model.head_size} must be an even number "
+                f"of channels{hint or '; use an even head_size'}"
+            )
+    for name in ("norm_epsilon", "rope_theta", "rope_factor", "embedding_scale", "residual_scale"):
+        if not getattr(model, name) > 0:
+            refuse(f"{name} = {getattr(model, name)} must be positive")
+    for name in ("attention_softcap", "attention_scale", "logit_softcap", "z_loss", "label_smoothing"):
+        if not getattr(model, name) >= 0:
+            refuse(f"{name} = {getattr(model, name)} must not be negative")
+    if model.label_smoothing >= 1:
+        refuse(f"label_smoothing = {model.label_smoothing} must be below 1")
+    if model.rope_scaling == "llama3" and not model.rope_high_frequency_factor > model.rope_low_frequency_factor > 0:
+        refuse("rope_high_frequency_factor must be above rope_low_frequency_factor, and that above 0")
+    if model.rope_original_seq_len < 1:
+        refuse(f"rope_original_seq_len = {model.rope_original_seq_len} must be at least 1")
+    if not model.attention_window or min(model.attention_window) < 0:
+        refuse(f"attention_window = {list(model.attention_window)} must be numbers of positions, 0 for all of them")
+    if len(model.attention_window) > model.num_layers:
+        refuse(f"attention_window names {len(model.attention_window)} layers, more than num_layers = {model.num_layers}")
+
+
 def parse_overrides(pairs: tuple[str, ...]) -> dict:
     """`--set key=value` arguments as a dict: the value as TOML, else a string. Raises UserError."""
     overrides = {}
@@ -312,6 +442,11 @@ def _typed(f: dataclasses.Field, value, where: str):
     """The value as the field's type. A whole number passes for a float; nothing else is converted."""
     if f.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if f.type == tuple[int, ...]:
+        listed = value if isinstance(value, list | tuple) else [value]
+        if any(type(item) is not int for item in listed):
+            raise UserError(f"{where} = {value!r} must be a whole number or a list of them")
+        return tuple(listed)
     if type(value) is not f.type:
         kind = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[f.type]
         raise UserError(f"{where} = {value!r} must be {kind}")
@@ -321,7 +456,9 @@ def _typed(f: dataclasses.Field, value, where: str):
 
 
 def _toml_value(value) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else json.dumps(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value)
 
 
 def _nearest(word: str, known) -> str:

@@ -116,6 +116,7 @@ class Kind:
     signature  names of the function's arguments: outputs, inputs, sizes, in the order of the C
     in_place   output -> inputs whose memory it may take over
     addends    output -> the optional input that is added to it ("addend")
+    tables     name of a function that fills constant inputs once, and those inputs
     """
 
     function: str = ""
@@ -125,6 +126,11 @@ class Kind:
     signature: tuple[str, ...] = ()
     in_place: dict[str, tuple[str, ...]] = {}
     addends: dict[str, str] = {}
+    tables: tuple[str, tuple[str, ...]] | None = None
+
+    def signature_of(self, op: Op) -> tuple[str, ...]:
+        """The signature of the function that this op calls."""
+        return self.signature
 
     def infer(self, inputs: dict[str, Tensor], attrs: dict) -> dict[str, tuple[tuple[Dim, ...], str]]:
         """Output name -> (shape, dtype)."""

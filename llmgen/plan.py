@@ -348,7 +348,7 @@ class _Expressions:
     def arguments(self, op: Op, segment: Segment) -> tuple[str, ...]:
         sizes = op.kind.sizes(op)
         arguments = []
-        for name in op.kind.signature:
+        for name in op.kind.signature_of(op):
             if name == "accumulate":
                 arguments.append(self.accumulate(op, segment))
             elif name in sizes:

@@ -6,7 +6,7 @@ import pytest
 from llmgen import ops
 from llmgen.autodiff import differentiate
 from llmgen.graph import Builder, Carry, Dim, Function, Kind, Op, Segment, Step, Tensor, check, product
-from llmgen.ops.gelu import gelu
+from llmgen.ops.activation import gelu
 from llmgen.reference import run
 
 B, T, C, L = Dim(2, "B"), Dim(3, "T"), Dim(4, "C"), Dim(3, "L")

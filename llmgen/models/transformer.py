@@ -1,17 +1,18 @@
 """The decoder-only transformer, traced once for each function of the program.
 
-GPT-2 (Radford et al. 2019): learned positions, layer norm before attention and before the MLP, tanh GELU, tied head.
+GPT-2 (Radford et al. 2019) where the config says nothing; the switches of `[model]` make it Llama, Mistral, Qwen, Gemma and others.
 """
 
+import math
 from dataclasses import dataclass
 
 from llmgen import ops
 from llmgen.autodiff import differentiate, gradient_of
-from llmgen.config import Config
+from llmgen.config import Config, ModelConfig
 from llmgen.graph import Builder, Carry, Dim, Function, Graph, Op, Segment, Tensor, check, product
 
 INIT_STD = 0.02  # GPT-2's; projections into the residual stream divide it by sqrt(2 * num_layers)
-LAYERNORM_EPSILON = 1e-5
+PROJECTIONS = ("attprojw", "fcprojw")  # into the residual stream
 
 
 @dataclass(frozen=True)
@@ -22,103 +23,180 @@ class Sizes:
     T: Dim
     L: Dim
     NH: Dim
+    NKV: Dim  # NH where every query head has its own key and value
+    HS: Dim
     C: Dim
+    A: Dim  # channels of attention: NH * HS, C where they are equal
+    QKV: Dim  # a token's queries, keys and values: 3*C where they are
+    F: Dim  # channels of the MLP: 4*C where they are
     V: Dim
     VP: Dim
     MAXT: Dim
 
     @staticmethod
     def of(config: Config) -> "Sizes":
-        model, program = config.model, config.program
+        m, program = config.model, config.program
+        NH, HS, C = Dim(m.num_heads, "NH"), Dim(m.head_size, "HS"), Dim(m.channels, "C")
+        NKV = NH if m.num_kv_heads == m.num_heads else Dim(m.num_kv_heads, "NKV")
+        A = C if m.num_heads * m.head_size == m.channels else NH * HS
+        QKV = 3 * A if NKV == NH else (NH + 2 * NKV) * HS
         return Sizes(
             B=Dim(program.batch_size, "B"),
             T=Dim(program.seq_len, "T"),
-            L=Dim(model.num_layers, "L"),
-            NH=Dim(model.num_heads, "NH"),
-            C=Dim(model.channels, "C"),
-            V=Dim(model.vocab_size, "V"),
-            VP=Dim(model.padded_vocab_size, "VP"),
-            MAXT=Dim(model.max_seq_len, "MAXT"),
+            L=Dim(m.num_layers, "L"),
+            NH=NH,
+            NKV=NKV,
+            HS=HS,
+            C=C,
+            A=A,
+            QKV=QKV if A == C and NKV == NH else Dim(QKV.size, "QKV"),
+            F=4 * C if m.mlp_channels == 4 * m.channels else Dim(m.mlp_channels, "F"),
+            V=Dim(m.vocab_size, "V"),
+            VP=Dim(m.padded_vocab_size, "VP"),
+            MAXT=Dim(m.max_seq_len, "MAXT"),
         )
 
 
 def parameters(config: Config) -> dict[str, Tensor]:
     """The parameter table: name -> tensor, in the order of the files."""
-    s = Sizes.of(config)
-    table: dict[str, Tensor] = {}
+    s, m = Sizes.of(config), config.model
+    sandwich = m.norm_position == "sandwich"
+    rows = [
+        ("wte", True, (s.VP, s.C), None),
+        ("wpe", m.position == "learned", (s.MAXT, s.C), None),
+        ("ln1w", m.norm_weight, (s.C,), s.L),
+        ("ln1b", m.norm_bias, (s.C,), s.L),
+        ("qkvw", True, (s.QKV, s.C), s.L),
+        ("qkvb", m.qkv_bias, (s.QKV,), s.L),
+        ("qnormw", m.qk_norm and m.qk_norm_weight, (s.HS,), s.L),
+        ("knormw", m.qk_norm and m.qk_norm_weight, (s.HS,), s.L),
+        ("attprojw", True, (s.C, s.A), s.L),
+        ("attprojb", m.projection_bias, (s.C,), s.L),
+        ("ln1postw", sandwich and m.norm_weight, (s.C,), s.L),
+        ("ln2w", m.norm_weight, (s.C,), s.L),
+        ("ln2b", m.norm_bias, (s.C,), s.L),
+        ("gatew", m.mlp == "gated", (s.F, s.C), s.L),
+        ("fcw", True, (s.F, s.C), s.L),
+        ("fcb", m.mlp_bias, (s.F,), s.L),
+        ("fcprojw", True, (s.C, s.F), s.L),
+        ("fcprojb", m.mlp_bias, (s.C,), s.L),
+        ("ln2postw", sandwich and m.norm_weight, (s.C,), s.L),
+        ("lnfw", m.norm_weight, (s.C,), None),
+        ("lnfb", m.norm_bias, (s.C,), None),
+        ("headw", not m.tie_embeddings, (s.VP, s.C), None),
+    ]
+    return {name: Tensor(name, shape, role="parameter", layers=layers) for name, there, shape, layers in rows if there}
 
-    def add(name: str, *shape: Dim, layers: Dim | None = None):
-        table[name] = Tensor(name, shape, role="parameter", layers=layers)
 
-    add("wte", s.VP, s.C)
-    add("wpe", s.MAXT, s.C)
-    for name, shape in (
-        ("ln1w", (s.C,)),
-        ("ln1b", (s.C,)),
-        ("qkvw", (3 * s.C, s.C)),
-        ("qkvb", (3 * s.C,)),
-        ("attprojw", (s.C, s.C)),
-        ("attprojb", (s.C,)),
-        ("ln2w", (s.C,)),
-        ("ln2b", (s.C,)),
-        ("fcw", (4 * s.C, s.C)),
-        ("fcb", (4 * s.C,)),
-        ("fcprojw", (s.C, 4 * s.C)),
-        ("fcprojb", (s.C,)),
-    ):
-        add(name, *shape, layers=s.L)
-    add("lnfw", s.C)
-    add("lnfb", s.C)
-    return table
-
-
-def initial(name: str, config: Config) -> tuple[float, float]:
+def initial(p: Tensor, config: Config) -> tuple[float, float]:
     """Mean and standard deviation of a parameter's initial values."""
-    if name in ("ln1w", "ln2w", "lnfw"):
-        return 1.0, 0.0
-    if name.endswith("b"):
-        return 0.0, 0.0
-    if name in ("attprojw", "fcprojw"):
-        return 0.0, INIT_STD / (2 * config.model.num_layers) ** 0.5
+    if len(p.shape) == 1:
+        return (1.0 if p.name.endswith("w") else 0.0), 0.0
+    if p.name in PROJECTIONS:
+        return 0.0, 0.0 if config.model.zero_projections else INIT_STD / (2 * config.model.num_layers) ** 0.5
     return 0.0, INIT_STD
+
+
+class _Layers(Builder):
+    """A builder that knows the config's norm, attention and MLP."""
+
+    def __init__(self, config: Config, table: dict[str, Tensor]):
+        super().__init__()
+        self.model, self.table, self.sizes, self.L = config.model, table, Sizes.of(config), config.model.num_layers
+
+    def p(self, name: str) -> Tensor | None:
+        return self.table.get(name)
+
+    def norm(self, name: str, inp: Tensor, weight: str, bias: str = "") -> Tensor:
+        kind = ops.LAYERNORM if self.model.norm == "layernorm" else ops.RMSNORM
+        parts = {"weight": self.p(weight)} | ({"bias": self.p(bias)} if kind is ops.LAYERNORM else {})
+        return self.apply(kind, name, attrs={"epsilon": self.model.norm_epsilon}, inp=inp, **parts)[0]
+
+    def linear(self, name: str, inp: Tensor, weight: str, bias: str) -> Tensor:
+        return self.apply(ops.LINEAR, name, inp=inp, weight=self.p(weight), bias=self.p(bias))
+
+    def scaled(self, name: str, inp: Tensor, factor: float) -> Tensor:
+        return inp if factor == 1.0 else self.apply(ops.SCALE, name, attrs={"factor": factor}, inp=inp)
+
+    def add(self, name: str, residual: Tensor, branch: Tensor, post: str) -> Tensor:
+        """residual + scale * norm(branch): what a part of a layer adds to the residual stream."""
+        if self.model.norm_position == "sandwich":
+            branch = self.norm(post, branch, f"{post}w")
+        branch = self.scaled(f"{branch.name}_scaled", branch, self.model.residual_scale)
+        return self.apply(ops.ADD, name, a=residual, b=branch)
+
+    def attention(self, inp: Tensor) -> Tensor:
+        m, s = self.model, self.sizes
+        heads = {"num_heads": s.NH, "num_kv_heads": s.NKV, "head_size": s.HS, "channels": s.A}
+        qkv = self.linear("qkv", inp, "qkvw", "qkvb")
+        if m.qk_norm:
+            attrs = {**heads, "epsilon": m.norm_epsilon}
+            weights = {"qweight": self.p("qnormw"), "kweight": self.p("knormw")}
+            qkv = self.apply(ops.QK_NORM, "qkv_normed", attrs=attrs, inp=qkv, **weights)[0]
+        if m.position == "rope":
+            half = Dim(int(m.head_size * m.rope_fraction) // 2, "ROPE_HALF")
+            cos, sin = (Tensor(f"rope_{x}", (s.MAXT, half), role="constant") for x in ("cos", "sin"))
+            qkv = self.apply(ops.ROPE, "qkv_rotated", attrs={**heads, **rope(m), "half": half}, inp=qkv, cos=cos, sin=sin)
+        window = None
+        if any(m.attention_window):
+            pattern = tuple(m.attention_window[layer % len(m.attention_window)] for layer in range(self.L))
+            window = Tensor("attention_window", (), "i32", "constant", s.L, pattern)
+        scale = m.attention_scale or 1 / math.sqrt(m.head_size)
+        attrs = {**heads, "scale": scale, "softcap": m.attention_softcap}
+        return self.apply(ops.ATTENTION, "attention", attrs=attrs, qkv=qkv, window=window)[0]
+
+    def mlp(self, inp: Tensor) -> Tensor:
+        activation = ops.ACTIVATIONS[self.model.activation]
+        name = self.model.activation
+        if self.model.mlp == "plain":
+            return self.apply(activation, name, inp=self.linear("fc", inp, "fcw", "fcb"))
+        gate = self.apply(activation, name, inp=self.linear("gate", inp, "gatew", ""))
+        return self.apply(ops.MULTIPLY, "gated", a=gate, b=self.linear("fc", inp, "fcw", "fcb"))
+
+
+def rope(m: ModelConfig) -> dict:
+    """What makes the rotary frequencies: see `llmgen.ops.rope.frequencies`."""
+    return {
+        "theta": m.rope_theta,
+        "scaling": m.rope_scaling,
+        "factor": m.rope_factor,
+        "low_frequency_factor": m.rope_low_frequency_factor,
+        "high_frequency_factor": m.rope_high_frequency_factor,
+        "original_seq_len": m.rope_original_seq_len,
+    }
 
 
 def forward(config: Config, name: str, b: Dim, t: Dim, first: Dim | None = None) -> Function:
     """tokens, targets (b, t) int32 -> losses (b, t); with `first`, only of the tokens from that one on."""
-    s, p = Sizes.of(config), parameters(config)
-    norm = {"epsilon": LAYERNORM_EPSILON}
+    s, m, table = Sizes.of(config), config.model, parameters(config)
     tokens = Tensor("tokens", (b, t), "i32", "input")
     targets = Tensor("targets", (b, t), "i32", "input")
 
-    g = Builder()
-    x = g.apply(ops.TOKEN_EMBEDDING, "embedding", tokens=tokens, wte=p["wte"])
-    x = g.apply(ops.POSITION_EMBEDDING, "encoded", inp=x, wpe=p["wpe"])
+    g = _Layers(config, table)
+    x = g.apply(ops.TOKEN_EMBEDDING, "embedding", tokens=tokens, wte=g.p("wte"))
+    x = g.scaled("embedding_scaled", x, m.embedding_scale)
+    if m.position == "learned":
+        x = g.apply(ops.POSITION_EMBEDDING, "encoded", inp=x, wpe=g.p("wpe"))
     prologue = Segment("embedding", tuple(g.ops))
 
-    g = Builder()
+    g = _Layers(config, table)
     residual = Tensor("residual", (b, t, s.C))
-    ln1, _, _ = g.apply(ops.LAYERNORM, "ln1", attrs=norm, inp=residual, weight=p["ln1w"], bias=p["ln1b"])
-    qkv = g.apply(ops.LINEAR, "qkv", inp=ln1, weight=p["qkvw"], bias=p["qkvb"])
-    heads = {"num_heads": s.NH, "channels": s.C}
-    attention, _ = g.apply(ops.ATTENTION, "attention", attrs=heads, qkv=qkv)
-    attproj = g.apply(ops.LINEAR, "attproj", inp=attention, weight=p["attprojw"], bias=p["attprojb"])
-    residual2 = g.apply(ops.ADD, "residual2", a=residual, b=attproj)
-    ln2, _, _ = g.apply(ops.LAYERNORM, "ln2", attrs=norm, inp=residual2, weight=p["ln2w"], bias=p["ln2b"])
-    fc = g.apply(ops.LINEAR, "fc", inp=ln2, weight=p["fcw"], bias=p["fcb"])
-    gelu = g.apply(ops.GELU, "gelu", inp=fc)
-    fcproj = g.apply(ops.LINEAR, "fcproj", inp=gelu, weight=p["fcprojw"], bias=p["fcprojb"])
-    residual3 = g.apply(ops.ADD, "residual3", a=residual2, b=fcproj)
+    attention = g.attention(g.norm("ln1", residual, "ln1w", "ln1b"))
+    residual2 = g.add("residual2", residual, g.linear("attproj", attention, "attprojw", "attprojb"), "ln1post")
+    hidden = g.mlp(g.norm("ln2", residual2, "ln2w", "ln2b"))
+    residual3 = g.add("residual3", residual2, g.linear("fcproj", hidden, "fcprojw", "fcprojb"), "ln2post")
     final = Tensor("final", residual.shape)
     block = Segment("layers", tuple(g.ops), s.L, (Carry(x, residual, residual3, final),))
 
-    g = Builder()
-    lnf, _, _ = g.apply(ops.LAYERNORM, "lnf", attrs=norm, inp=final, weight=p["lnfw"], bias=p["lnfb"])
+    g = _Layers(config, table)
+    lnf = g.norm("lnf", final, "lnfw", "lnfb")
     scored = targets
     if first is not None:
         lnf = g.apply(ops.TAIL, "lnf_tail", attrs={"first": first}, inp=lnf)
         scored = g.apply(ops.TAIL, "targets_tail", attrs={"first": first}, inp=targets)
-    logits = g.apply(ops.LINEAR, "logits", inp=lnf, weight=p["wte"])
-    losses = g.apply(ops.CROSS_ENTROPY, "losses", attrs={"vocab_size": s.V}, logits=logits, targets=scored)
+    logits = g.apply(ops.LINEAR, "logits", inp=lnf, weight=g.p("headw") or g.p("wte"))
+    attrs = {"vocab_size": s.V, "softcap": m.logit_softcap, "smoothing": m.label_smoothing, "z_loss": m.z_loss}
+    losses = g.apply(ops.CROSS_ENTROPY, "losses", attrs=attrs, logits=logits, targets=scored)
     epilogue = Segment("head", tuple(g.ops))
     return Function(name, (prologue, block, epilogue), (tokens, targets), (losses,))
 
@@ -159,5 +237,6 @@ def build(config: Config) -> Graph:
 def count(config: Config) -> int:
     """Parameters of the model as papers count them: vocabulary rows without padding."""
     s = Sizes.of(config)
-    stored = sum(product(p.stacked).size for p in parameters(config).values())
-    return stored - (s.VP.size - s.V.size) * s.C.size
+    table = parameters(config).values()
+    padding = (s.VP.size - s.V.size) * s.C.size * sum(p.shape[0] == s.VP for p in table)
+    return sum(product(p.stacked).size for p in table) - padding

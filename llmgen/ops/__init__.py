@@ -3,19 +3,24 @@
 Shapes in the docstrings: n rows of tokens (B*T or rows*length), c channels, oc output channels, v vocabulary rows.
 """
 
+from llmgen.ops.activation import ACTIVATIONS, GELU, GELU_EXACT, RELU, RELU_SQUARED, SILU
 from llmgen.ops.adamw import ADAMW, SUM_OF_SQUARES
 from llmgen.ops.add import ADD, COPY, ZERO
 from llmgen.ops.attention import ATTENTION, ATTENTION_BACKWARD
 from llmgen.ops.classifier import CLASSIFIER, CLASSIFIER_BACKWARD
 from llmgen.ops.cross_entropy import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
-from llmgen.ops.gelu import GELU, GELU_BACKWARD
 from llmgen.ops.layernorm import LAYERNORM, LAYERNORM_BACKWARD
 from llmgen.ops.linear import LINEAR, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHT, LINEAR_GELU
+from llmgen.ops.multiply import MULTIPLY, SCALE
 from llmgen.ops.position_embedding import POSITION_EMBEDDING, POSITION_EMBEDDING_BACKWARD
+from llmgen.ops.qk_norm import QK_NORM, QK_NORM_BACKWARD
+from llmgen.ops.rmsnorm import RMSNORM, RMSNORM_BACKWARD
+from llmgen.ops.rope import ROPE, ROPE_BACKWARD
 from llmgen.ops.tail import TAIL
 from llmgen.ops.token_embedding import TOKEN_EMBEDDING, TOKEN_EMBEDDING_BACKWARD
 
 __all__ = [
+    "ACTIVATIONS",
     "ADAMW",
     "ADD",
     "ATTENTION",
@@ -26,15 +31,26 @@ __all__ = [
     "CROSS_ENTROPY",
     "CROSS_ENTROPY_BACKWARD",
     "GELU",
-    "GELU_BACKWARD",
+    "GELU_EXACT",
     "LAYERNORM",
     "LAYERNORM_BACKWARD",
     "LINEAR",
     "LINEAR_BACKWARD_INPUT",
     "LINEAR_BACKWARD_WEIGHT",
     "LINEAR_GELU",
+    "MULTIPLY",
     "POSITION_EMBEDDING",
     "POSITION_EMBEDDING_BACKWARD",
+    "QK_NORM",
+    "QK_NORM_BACKWARD",
+    "RELU",
+    "RELU_SQUARED",
+    "RMSNORM",
+    "RMSNORM_BACKWARD",
+    "ROPE",
+    "ROPE_BACKWARD",
+    "SCALE",
+    "SILU",
     "SUM_OF_SQUARES",
     "TAIL",
     "TOKEN_EMBEDDING",

@@ -1,6 +1,9 @@
-"""losses = log(sum(exp(logits))) - logits[target], over the first `vocab_size` columns. logits (..., vp), targets (...).
+"""losses = lse - logits[target] with lse = log(sum(exp(logits))), over the first `vocab_size` columns.
 
-The padding columns beyond the vocabulary never get probability or gradient.
+logits (..., vp), targets (...). The padding columns beyond the vocabulary never get probability or gradient. Options:
+softcap    logits are replaced by cap * tanh(logits / cap) (Gemma 2, arXiv:2408.00118)
+smoothing  the target has 1 - s of the probability, all tokens share s (Szegedy et al. 2016, arXiv:1512.00567)
+z_loss     adds z * lse^2 (Chowdhery et al. 2022, arXiv:2204.02311)
 """
 
 import numpy as np
@@ -11,6 +14,10 @@ from llmgen.graph import Kind, Step
 def log_sum_exp(logits):
     top = logits.max(axis=-1, keepdims=True)
     return top[..., 0] + np.log(np.exp(logits - top).sum(axis=-1))
+
+
+def capped(logits, cap):
+    return cap * np.tanh(logits / cap) if cap else logits
 
 
 class CrossEntropy(Kind):
@@ -30,13 +37,16 @@ class CrossEntropy(Kind):
         return 4 * op.inputs["logits"].count.size
 
     def reference(self, op, x):
-        logits = x["logits"][..., : op.attrs["vocab_size"].size]
+        a = op.attrs
+        logits = capped(x["logits"][..., : a["vocab_size"].size], a["softcap"])
         picked = np.take_along_axis(logits, x["targets"][..., None], axis=-1)[..., 0]
-        return {"losses": log_sum_exp(logits) - picked}
+        lse = log_sum_exp(logits)
+        wanted = (1 - a["smoothing"]) * picked + a["smoothing"] * logits.mean(axis=-1)
+        return {"losses": lse - wanted + a["z_loss"] * lse**2}
 
 
 class CrossEntropyBackward(Kind):
-    """dlogits = (softmax(logits) - onehot(target)) * dlosses."""
+    """dlogits = (softmax(logits) (1 + 2 z lse) - (1 - s) onehot(target) - s / v) * dlosses; a softcap adds its slope."""
 
     function = "cross_entropy_backward"
     outputs = ("dlogits",)
@@ -50,13 +60,17 @@ class CrossEntropyBackward(Kind):
         return 6 * op.inputs["logits"].count.size
 
     def reference(self, op, x):
-        v = op.attrs["vocab_size"].size
-        logits = x["logits"][..., :v]
+        a, v = op.attrs, op.attrs["vocab_size"].size
+        logits = capped(x["logits"][..., :v], a["softcap"])
+        lse = log_sum_exp(logits)[..., None]
+        d = np.exp(logits - lse) * (1 + 2 * a["z_loss"] * lse) - a["smoothing"] / v
+        picked = np.take_along_axis(d, x["targets"][..., None], axis=-1)
+        np.put_along_axis(d, x["targets"][..., None], picked - (1 - a["smoothing"]), axis=-1)
+        if a["softcap"]:
+            d *= 1 - (logits / a["softcap"]) ** 2
         dlogits = np.zeros_like(x["logits"])
-        dlogits[..., :v] = np.exp(logits - log_sum_exp(logits)[..., None])
-        picked = np.take_along_axis(dlogits, x["targets"][..., None], axis=-1)
-        np.put_along_axis(dlogits, x["targets"][..., None], picked - 1, axis=-1)
-        return {"dlogits": dlogits * x["dlosses"]}
+        dlogits[..., :v] = d * x["dlosses"]
+        return {"dlogits": dlogits}
 
 
 CROSS_ENTROPY = CrossEntropy()

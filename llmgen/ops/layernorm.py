@@ -1,6 +1,7 @@
 """Layer norm (Ba, Kiros, Hinton 2016, arXiv:1607.06450) over the last axis:
 
 out = (inp - mean) * rstd * weight + bias, with rstd = 1 / sqrt(variance + epsilon). inp, out (..., c); mean, rstd (...).
+Weight and bias may be absent.
 """
 
 import numpy as np
@@ -24,9 +25,9 @@ class LayerNorm(Kind):
         return {"n": product(shape[:-1]), "c": shape[-1]}
 
     def backward(self, op, d):
-        inputs = {"dout": d["out"], **{k: op.inputs[k] for k in ("inp", "weight")}}
-        inputs |= {k: op.outputs[k] for k in ("mean", "rstd")}
-        gives = {"dinp": op.inputs["inp"], "dweight": op.inputs["weight"], "dbias": op.inputs["bias"]}
+        inputs = {"dout": d["out"], **op.inputs, "mean": op.outputs["mean"], "rstd": op.outputs["rstd"]}
+        inputs.pop("bias", None)
+        gives = {"d" + name: t for name, t in op.inputs.items()}
         return [Step(LAYERNORM_BACKWARD, inputs, gives)]
 
     def flops(self, op):
@@ -36,7 +37,9 @@ class LayerNorm(Kind):
         mean = x["inp"].mean(axis=-1)
         centered = x["inp"] - mean[..., None]
         rstd = 1 / np.sqrt((centered**2).mean(axis=-1) + op.attrs["epsilon"])
-        return {"out": centered * rstd[..., None] * x["weight"] + x["bias"], "mean": mean, "rstd": rstd}
+        out = centered * rstd[..., None]
+        out = out if x["weight"] is None else out * x["weight"]
+        return {"out": out if x["bias"] is None else out + x["bias"], "mean": mean, "rstd": rstd}
 
 
 class LayerNormBackward(Kind):
@@ -54,7 +57,7 @@ class LayerNormBackward(Kind):
     addends = {"dinp": "addend"}
 
     def infer(self, inputs, attrs):
-        shape, channels = inputs["inp"].shape, inputs["weight"].shape
+        shape, channels = inputs["inp"].shape, inputs["inp"].shape[-1:]
         return {"dinp": (shape, "f32"), "dweight": (channels, "f32"), "dbias": (channels, "f32")}
 
     def sizes(self, op):
@@ -65,7 +68,7 @@ class LayerNormBackward(Kind):
 
     def reference(self, op, x):
         xhat = (x["inp"] - x["mean"][..., None]) * x["rstd"][..., None]
-        g = x["dout"] * x["weight"]
+        g = x["dout"] if x["weight"] is None else x["dout"] * x["weight"]
         along = -1
         dinp = g - g.mean(along, keepdims=True) - xhat * (g * xhat).mean(along, keepdims=True)
         dinp = dinp * x["rstd"][..., None]

@@ -1,7 +1,7 @@
 """out = inp weight^T + bias (+ addend). inp (..., c), weight (oc, c), bias (oc), out (..., oc)."""
 
 from llmgen.graph import Kind, Step, product
-from llmgen.ops.gelu import gelu
+from llmgen.ops.activation import gelu
 
 
 class Linear(Kind):

@@ -1,0 +1,56 @@
+"""multiply: out = a * b, the gate of a gated MLP. scale: out = inp * factor, a constant. Any shape."""
+
+from llmgen.graph import Kind, Step
+
+
+class Multiply(Kind):
+    function = "multiply_forward"
+    template = "multiply"
+    outputs = ("out",)
+    inputs = ("a", "b")
+    signature = ("out", "a", "b", "n")
+    in_place = {"out": ("a", "b")}
+
+    def infer(self, inputs, attrs):
+        return {"out": (inputs["a"].shape, "f32")}
+
+    def sizes(self, op):
+        return {"n": op.inputs["a"].count}
+
+    def backward(self, op, d):
+        a, b = op.inputs["a"], op.inputs["b"]
+        return [Step(MULTIPLY, {"a": d["out"], "b": b}, {"out": a}), Step(MULTIPLY, {"a": d["out"], "b": a}, {"out": b})]
+
+    def flops(self, op):
+        return op.inputs["a"].count.size
+
+    def reference(self, op, x):
+        return {"out": x["a"] * x["b"]}
+
+
+class Scale(Kind):
+    function = "scale_forward"
+    template = "scale"
+    outputs = ("out",)
+    inputs = ("inp",)
+    signature = ("out", "inp", "factor", "n")
+    in_place = {"out": ("inp",)}
+
+    def infer(self, inputs, attrs):
+        return {"out": (inputs["inp"].shape, "f32")}
+
+    def sizes(self, op):
+        return {"n": op.inputs["inp"].count, "factor": op.attrs["factor"]}
+
+    def backward(self, op, d):
+        return [Step(SCALE, {"inp": d["out"]}, {"out": op.inputs["inp"]}, op.attrs)]
+
+    def flops(self, op):
+        return op.inputs["inp"].count.size
+
+    def reference(self, op, x):
+        return {"out": x["inp"] * op.attrs["factor"]}
+
+
+MULTIPLY = Multiply()
+SCALE = Scale()

@@ -1,0 +1,81 @@
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864) of queries and keys, in HuggingFace's half-split order:
+
+with r rotated channels of a head, channels i and i + r/2 (i < r/2) turn by the angle position * frequency[i].
+inp, out (b, t, (NH + 2*NKV)*HS); cos, sin (MAXT, r/2), computed once.
+"""
+
+import math
+
+import numpy as np
+
+from llmgen.graph import Kind, Step
+from llmgen.ops import heads
+
+
+def frequencies(attrs: dict) -> np.ndarray:
+    """theta^(-2i/r) for i < r/2, with Llama 3's scaling of the low ones (its `rope_scaling` "llama3")."""
+    half = attrs["half"].size
+    plain = attrs["theta"] ** (-np.arange(half) / half)
+    if attrs["scaling"] == "none":
+        return plain
+    wavelength = 2 * math.pi / plain
+    low, high, length = attrs["low_frequency_factor"], attrs["high_frequency_factor"], attrs["original_seq_len"]
+    kept = np.clip((length / wavelength - low) / (high - low), 0, 1)
+    return kept * plain + (1 - kept) * plain / attrs["factor"]
+
+
+def rotated(x, cos, sin):
+    """x (..., t, hs); cos, sin (t, r/2)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+class Rope(Kind):
+    function = "rope_forward"
+    template = "rope"
+    outputs = ("out",)
+    inputs = ("inp", "cos", "sin")
+    signature = ("out", "inp", "cos", "sin", "b", "t")
+    in_place = {"out": ("inp",)}
+    tables = ("rope_tables", ("cos", "sin"))
+    direction = 1
+
+    def infer(self, inputs, attrs):
+        return {"out": (inputs["inp"].shape, "f32")}
+
+    def sizes(self, op):
+        b, t, _ = op.inputs[self.inputs[0]].shape
+        return {"b": b, "t": t}
+
+    def backward(self, op, d):
+        inputs = {"dout": d["out"], "cos": op.inputs["cos"], "sin": op.inputs["sin"]}
+        return [Step(ROPE_BACKWARD, inputs, {"dinp": op.inputs["inp"]}, op.attrs)]
+
+    def flops(self, op):
+        return 3 * op.inputs[self.inputs[0]].count.size
+
+    def reference(self, op, x):
+        inp = x[self.inputs[0]]
+        angles = np.arange(inp.shape[1])[:, None] * frequencies(op.attrs)
+        cos, sin = np.cos(angles), np.sin(angles) * self.direction
+        q, k, v = heads.split(inp, op.attrs["num_heads"].size, op.attrs["num_kv_heads"].size)
+        return {self.outputs[0]: heads.join(rotated(q, cos, sin), rotated(k, cos, sin), v)}
+
+
+class RopeBackward(Rope):
+    """The rotation by the opposite angle."""
+
+    function = "rope_backward"
+    outputs = ("dinp",)
+    inputs = ("dout", "cos", "sin")
+    signature = ("dinp", "dout", "cos", "sin", "b", "t")
+    in_place = {"dinp": ("dout",)}
+    direction = -1
+
+    def infer(self, inputs, attrs):
+        return {"dinp": (inputs["dout"].shape, "f32")}
+
+
+ROPE = Rope()
+ROPE_BACKWARD = RopeBackward()
