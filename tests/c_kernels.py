@@ -53,8 +53,8 @@ SIGNATURES = {
     "sum_of_squares": "x size",
     "adamw_update": "param m v grad size grad_scale learning_rate weight_decay beta1 beta2 epsilon step",
 }
-INTS = "n c oc b t rows accumulate step".split()
-FLOATS = "loss_scale grad_scale learning_rate weight_decay beta1 beta2 epsilon".split()
+INTS = ["n", "c", "oc", "b", "t", "rows", "accumulate", "step"]
+FLOATS = ["loss_scale", "grad_scale", "learning_rate", "weight_decay", "beta1", "beta2", "epsilon"]
 MATH = ("vexp", "vlog", "vtanh", "vsqrt", "vgelu", "vgelu_grad")
 
 
@@ -173,7 +173,7 @@ def compile_source(text: str, folder: Path, compiler: str, flags: list[str]) -> 
 
 
 class Library:
-    """Calls the kernels with numpy arrays and plain numbers: lib.linear_forward(out, inp, weight, None, None, n, c, oc)."""
+    """Calls the kernels with numpy arrays and plain numbers: lib.add_forward(out, a, b, n)."""
 
     def __init__(self, path: Path, threads: int = 1):
         self._library = ctypes.CDLL(str(path))
