@@ -98,7 +98,9 @@ class _Differentiation:
             return
         inputs, outputs, accumulate = dict(step.inputs), {}, []
         later = []
-        for key, (shape, dtype) in step.kind.infer(inputs, step.attrs).items():
+        made_by = step.kind.infer(inputs, step.attrs)
+        assert step.gives.keys() <= made_by.keys(), (step.kind.function, step.gives.keys())
+        for key, (shape, dtype) in made_by.items():
             target = step.gives.get(key)
             if target is None or target.role not in ("parameter", "activation"):
                 continue

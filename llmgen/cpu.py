@@ -101,7 +101,7 @@ def constants(
     profile: Profile,
     *,
     linears: Sequence[tuple[int, int, int]],
-    num_heads: int,
+    channels: int,
     head_size: int,
     seq_len: int,
     max_seq_len: int,
@@ -114,7 +114,7 @@ def constants(
     rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len of the longest evaluated.
     """
     chunk = chunk_rows(rows, padded_vocab_size)
-    linears = [*linears, (chunk, num_heads * head_size, padded_vocab_size)]
+    linears = [*linears, (chunk, channels, padded_vocab_size)]
     longest = max(max(c, oc) for _, c, oc in linears)
     tokens = max(n for n, _, _ in linears)
     W, MR, NV, NR = profile.width, profile.tile_rows, profile.tile_vectors, profile.tile_columns

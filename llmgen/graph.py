@@ -114,6 +114,7 @@ class Kind:
     function   name of the C and CUDA function
     template   file under templates/<target>/ops that defines it
     signature  names of the function's arguments: outputs, inputs, sizes, in the order of the C
+    optional   arguments that the function does not have where the op does not: a norm without weights
     in_place   output -> inputs whose memory it may take over
     addends    output -> the optional input that is added to it ("addend")
     tables     name of a function that fills constant inputs once, and those inputs
@@ -124,13 +125,20 @@ class Kind:
     outputs: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     signature: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     in_place: dict[str, tuple[str, ...]] = {}
     addends: dict[str, str] = {}
     tables: tuple[str, tuple[str, ...]] | None = None
 
     def signature_of(self, op: Op) -> tuple[str, ...]:
-        """The signature of the function that this op calls."""
-        return self.signature
+        """The signature of the function that this op calls: without what is in `optional` and absent."""
+
+        def there(name: str) -> bool:
+            if name == "accumulate":
+                return any(t.role == "gradient" for t in op.outputs.values())
+            return name not in self.optional or op.tensor(name) is not None
+
+        return tuple(name for name in self.signature if there(name))
 
     def infer(self, inputs: dict[str, Tensor], attrs: dict) -> dict[str, tuple[tuple[Dim, ...], str]]:
         """Output name -> (shape, dtype)."""

@@ -1,47 +1,61 @@
-"""Which functions of templates/c a generated source needs, beside those that its calls name."""
+"""The kernels' section of a generated C source: its templates, their options, and which helpers it needs."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# In the order of the generated source.
-TEMPLATES = (
-    "c/compiler.j2",
-    "c/vector.j2",
-    "c/ops/gelu.j2",
-    "c/gemm.j2",
-    "c/ops/token_embedding.j2",
-    "c/ops/position_embedding.j2",
-    "c/ops/layernorm.j2",
-    "c/ops/linear.j2",
-    "c/ops/add.j2",
-    "c/ops/attention.j2",
-    "c/ops/classifier.j2",
-    "c/ops/global_norm.j2",
-    "c/ops/adamw.j2",
-)
+from llmgen.config import ModelConfig
 
-_GUARDED = re.compile(r"^{% if (.*?) %}\n(.*?)^{% endif %}", re.M | re.S)  # at the left margin
-_INNER = re.compile(r"^ +{% if .*?^ +{% endif %}", re.M | re.S)  # an optional part of a function
+PRELUDE = ("c/vector.j2", "c/ops/gelu.j2", "c/gemm.j2")  # what ops are made of; the products' epilogue uses gelu
 
 
-def with_helpers(functions: Iterable[str], templates: Path) -> frozenset[str]:
-    """The functions and all that they call, directly or not, among those that the templates emit on demand.
+def templates(ops: Iterable[str]) -> list[str]:
+    """Template names in the order of the source, for the op templates in the order of their first use."""
+    return list(dict.fromkeys([*PRELUDE, *(f"c/ops/{name}.j2" for name in ops)]))
 
-    templates: the folder that holds c/. A function stands between `{% if "name" in functions %}` and `{% endif %}` at
-    the left margin; whatever name occurs in there is needed by it.
+
+def options(model: ModelConfig) -> dict:
+    """What the op templates choose by: names of widths in C, and the switches of the model."""
+    plain = model.num_heads * model.head_size == model.channels
+    grouped = model.num_kv_heads != model.num_heads
+    return {
+        "attention": "C" if plain else "NH * HS",
+        "attention_shape": "C" if plain else "NH*HS",
+        "qkv": "3 * C" if plain and not grouped else "QKV",
+        "qkv_shape": "3*C" if plain and not grouped else "QKV",
+        "kv_heads": "NKV" if grouped else "NH",
+        "grouped": grouped,
+        "window": any(model.attention_window),
+        "attention_softcap": model.attention_softcap,
+        "attention_scale": model.attention_scale,
+        "logit_softcap": model.logit_softcap,
+        "label_smoothing": model.label_smoothing,
+        "z_loss": model.z_loss,
+        "loss": bool(model.label_smoothing or model.z_loss),
+        "norm_weight": model.norm_weight,
+        "norm_bias": model.norm_bias,
+        "qk_norm_weight": model.qk_norm_weight,
+        "rope": {
+            "theta": model.rope_theta,
+            "scaling": model.rope_scaling,
+            "factor": model.rope_factor,
+            "low": model.rope_low_frequency_factor,
+            "high": model.rope_high_frequency_factor,
+            "length": model.rope_original_seq_len,
+        },
+    }
+
+
+def with_helpers(functions: Iterable[str], names: Iterable[str], folder: Path, render: Callable[[frozenset], str]) -> frozenset:
+    """The functions and the helpers they need, of those that the templates emit on demand (`"name" in functions`).
+
+    render: the text of the section with a set of functions. What it names, it needs.
     """
-    text = "\n".join((templates / name).read_text() for name in TEMPLATES)
-    blocks = [(re.findall(r'"(\w+)"', condition), _INNER.sub("", body)) for condition, body in _GUARDED.findall(text)]
-    known = {name for names, _ in blocks for name in names}
-    needs = {name: set() for name in known}
-    always = set(re.findall(r"\w+", _INNER.sub("", _GUARDED.sub("", text)))) & known
-    for names, body in blocks:
-        for name in names:
-            needs[name] |= set(re.findall(r"\w+", body)) & known
-    found, todo = set(), {*functions, *always}
-    while todo:
-        name = todo.pop()
-        found.add(name)
-        todo |= needs.get(name, set()) - found
-    return frozenset(found)
+    known = {found for name in names for found in re.findall(r'"(\w+)" in functions', (folder / name).read_text())}
+    needed = frozenset(functions)
+    while True:
+        text = re.sub(r"/\*.*?\*/", "", render(needed), flags=re.S)
+        named = known & set(re.findall(r"\w+", text))
+        if named <= needed:
+            return needed
+        needed |= named

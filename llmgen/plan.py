@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from llmgen import cpu, memory, models, ops, passes
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
-from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim
-from llmgen.memory import Buffer, Layout, stride_expr, stride_values
+from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim, product
+from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
 from llmgen.models import transformer
 
 ALIGNMENT = {"c": 64, "cuda": 256}  # bytes at which every tensor, and every layer of it, starts
@@ -104,6 +104,15 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A constant that the program computes once: rotary cosines and sines."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    offset: int  # values
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of each class. `total` is what the program allocates with so many threads."""
 
@@ -112,11 +121,13 @@ class Memory:
     optimizer: int
     activations: int
     arena: int
+    constants: int
     arena_lower_bound: int
     scratch_per_thread: int
 
     def total(self, threads: int) -> int:
-        return sum(dataclasses.astuple(self)[:5]) + threads * self.scratch_per_thread
+        """Bytes in all: the first six classes, and each thread's scratch."""
+        return sum(dataclasses.astuple(self)[:6]) + threads * self.scratch_per_thread
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,9 @@ class Plan:
     flops: int  # of one forward_backward
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
     reals: tuple[tuple[str, float, str], ...]  # the same for constants that are no integers
+    tables: tuple[Table, ...]
+    fillers: tuple[str, ...]  # calls that fill the tables
+    layer_constants: tuple[Tensor, ...]  # numbers that differ from layer to layer
 
     @property
     def functions(self) -> frozenset[str]:
@@ -169,6 +183,7 @@ class Plan:
             optimizer=2 * flat,
             activations=saved,
             arena=self.workspace - saved,
+            constants=4 * sum(aligned(product(t.shape).size, ALIGNMENT[self.target] // 4) for t in self.tables),
             arena_lower_bound=bound,
             scratch_per_thread=self.thread_scratch * 4,
         )
@@ -225,7 +240,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
     constants = cpu.constants(
         machine,
         linears=_linears(graph),
-        num_heads=model.num_heads,
+        channels=model.channels,
         head_size=model.head_size,
         seq_len=config.program.seq_len,
         max_seq_len=model.max_seq_len,
@@ -233,6 +248,10 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         padded_vocab_size=model.padded_vocab_size,
     )
     scratch = {name: value for name, value, _ in constants}
+    tables, offset = [], 0
+    for t in (t for t in _constants(graph) if not t.layers):
+        tables.append(Table(t.name, t.shape, offset))
+        offset += aligned(t.count.size, alignment // 4)
     plan = Plan(
         config=config,
         target=target,
@@ -248,13 +267,30 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         thread_scratch=scratch["THREAD_SCRATCH"],
         flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
-        reals=(("LN_EPSILON", transformer.LAYERNORM_EPSILON, "added to the variance in a layer norm"),),
+        reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
+        tables=tuple(tables),
+        fillers=_fillers(graph),
+        layer_constants=tuple(t for t in _constants(graph) if t.layers),
     )
     if plan.memory.total(1) >= 2**62:
         raise UserError(
             f"{config.name}: needs {plan.memory.total(1):.3g} bytes, more than 64-bit offsets reach; make it smaller"
         )
     return plan
+
+
+def _constants(graph: Graph) -> list[Tensor]:
+    """The constants that ops read, each once."""
+    read = [t for f in graph.functions for op in f.ops() for t in op.inputs.values() if t.role == "constant"]
+    return list({t.name: t for t in read}.values())
+
+
+def _fillers(graph: Graph) -> tuple[str, ...]:
+    calls = {}
+    for op in (op for f in graph.functions for op in f.ops() if op.kind.tables):
+        function, names = op.kind.tables
+        calls[f"{function}({', '.join(f'tables.{op.inputs[name].name}' for name in names)})"] = None
+    return tuple(calls)
 
 
 def _linears(graph: Graph) -> list[tuple[int, int, int]]:
@@ -267,18 +303,26 @@ def _linears(graph: Graph) -> list[tuple[int, int, int]]:
 
 
 def _sizes(config: Config, evaluation_tokens: int) -> tuple:
-    s = transformer.Sizes.of(config)
+    s, m = transformer.Sizes.of(config), config.model
     rows = [
         (s.B, "sequences in a micro-batch"),
         (s.T, "tokens in a sequence"),
         (Dim(s.B.size * s.T.size, "BT"), "B * T"),
         (s.L, "layers"),
         (s.NH, "attention heads"),
-        (Dim(config.model.head_size, "HS"), "channels of a head"),
-        (s.C, "channels: NH * HS"),
+        *([(s.NKV, "heads of keys and values, shared by NH / NKV heads of queries")] if s.NKV != s.NH else []),
+        (s.HS, "channels of a head"),
+        *(
+            [(Dim(int(m.head_size * m.rope_fraction) // 2, "ROPE_HALF"), "pairs of them that turn")]
+            if m.position == "rope"
+            else []
+        ),
+        *([(s.QKV, "(NH + 2 * NKV) * HS" if s.NKV != s.NH else "3 * NH * HS")] if s.QKV.expr == "QKV" else []),
+        (s.C, "channels: NH * HS" if s.A == s.C else "channels"),
+        *([(s.F, "channels of the MLP")] if s.F.expr == "F" else []),
         (s.V, "tokens in the vocabulary"),
         (s.VP, "V rounded up to a multiple of 128; the rows past V stay zero"),
-        (s.MAXT, "longest sequence the position embeddings reach"),
+        (s.MAXT, "longest sequence" + (" the position embeddings reach" if m.position == "learned" else "")),
         (Dim(evaluation_tokens, "EVAL_TOKENS"), "tokens that evaluate takes at most"),
     ]
     return tuple((d.expr, d.size, comment) for d, comment in rows)
@@ -289,7 +333,7 @@ def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Param
     rows: list[Parameter] = []
     offset = file_offset = 0
     for t in graph.parameters:
-        mean, std = transformer.initial(t.name, config)
+        mean, std = transformer.initial(t, config)
         valid = t.count.size
         if t.shape[0].expr == "VP":
             valid = valid // t.shape[0].size * config.model.vocab_size
@@ -352,7 +396,7 @@ class _Expressions:
             if name == "accumulate":
                 arguments.append(self.accumulate(op, segment))
             elif name in sizes:
-                arguments.append(_wide(sizes[name]))
+                arguments.append(_wide(sizes[name]) if isinstance(sizes[name], Dim) else c_float(sizes[name]))
             else:
                 t = op.tensor(name)
                 arguments.append(self.tensor(t) if t else "NULL")
@@ -371,7 +415,7 @@ class _Expressions:
             struct, name = ("params", t.name) if t.role == "parameter" else ("grads", t.name[1:])
             return f"{struct}.{name}" + (f" + l*{self.parameters[name].stride_expr}" if t.layers else "")
         if t.role == "constant":
-            return f"{t.name}[l]" if t.layers else t.name
+            return f"{t.name}[l]" if t.layers else f"tables.{t.name}"
         if t.name not in self.layout.places:
             return t.name  # an input of the function
         place = self.layout.places[t.name]
@@ -386,6 +430,12 @@ class _Expressions:
             if slot.size:
                 expr += f" + {_wide(slot * Dim(buffer.stride // ITEM_SIZE[buffer.dtype], stride))}"
         return expr + offset
+
+
+def c_float(x: float) -> str:
+    """A float literal of nine digits."""
+    text = f"{x:.9g}"
+    return (text if "." in text or "e" in text else text + ".0") + "f"
 
 
 def _wide(d: Dim) -> str:

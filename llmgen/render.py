@@ -5,7 +5,7 @@ from pathlib import Path
 import jinja2
 
 from llmgen import host, kernels, toolchain
-from llmgen.plan import Call, FunctionPlan, Plan
+from llmgen.plan import Call, FunctionPlan, Plan, c_float
 
 WIDTH = 120  # columns of the generated source
 
@@ -46,14 +46,23 @@ def source(plan: Plan) -> str:
         "parameter_members": [(f"float *{p.name};", f"({p.shape})") for p in plan.parameters],
         "activation_members": _buffer_members(plan.forward_backward),
         "evaluation_members": _buffer_members(plan.evaluate),
+        "table_members": [(f"float *{t.name};", f"({', '.join(map(str, t.shape))})") for t in plan.tables],
         "plan": plan,
         "config": config,
         "model": config.model,
-        "functions": kernels.with_helpers(plan.functions, templates_folder()),
         "compile_line": toolchain.compile_line(name, plan.profile),
         "memory": plan.memory,
+        "options": kernels.options(config.model),
+        "kernel_templates": kernels.templates(plan.templates),
     }
-    return environment().get_template("train.c.j2").render(context)
+    env = environment()
+
+    def section(functions: frozenset) -> str:
+        parts = [env.get_template(t).render(context, functions=functions) for t in context["kernel_templates"]]
+        return "".join(parts)
+
+    functions = kernels.with_helpers(plan.functions, context["kernel_templates"], templates_folder(), section)
+    return env.get_template("train.c.j2").render(context, functions=functions)
 
 
 def _buffer_members(function: FunctionPlan) -> list[tuple[str, str]]:
@@ -82,12 +91,6 @@ def members(rows: list[tuple[str, str]], indent: int = 4) -> str:
     """Lines of `declaration  /* comment */` with the comments in one column."""
     width = max(len(declaration) for declaration, _ in rows)
     return "\n".join(" " * indent + f"{declaration:<{width}}  /* {comment} */" for declaration, comment in rows)
-
-
-def c_float(x: float) -> str:
-    """A float literal of nine digits."""
-    text = f"{x:.9g}"
-    return (text if "." in text or "e" in text else text + ".0") + "f"
 
 
 def comment_lines(text: str, prefix: str = " * ") -> str:

@@ -102,7 +102,7 @@ def source(sizes: Sizes, profile: cpu.Profile, overrides: dict[str, int] | None 
     blocking = cpu.constants(
         profile,
         linears=[(rows, c, 3 * c), (rows, c, c), (rows, c, 4 * c), (rows, 4 * c, c)],
-        num_heads=s.num_heads,
+        channels=c,
         head_size=s.head_size,
         seq_len=s.seq_len,
         max_seq_len=longest,

@@ -1,6 +1,6 @@
 """The decoder-only transformer, traced once for each function of the program.
 
-GPT-2 (Radford et al. 2019) where the config says nothing; the switches of `[model]` make it Llama, Mistral, Qwen, Gemma and others.
+GPT-2 (Radford et al. 2019) where the config says nothing; the switches of `[model]` make it Llama, Mistral, Qwen and others.
 """
 
 import math

@@ -76,7 +76,9 @@ class ActivationBackward(Kind):
         self.function, self.template = f"{name}_backward", name
         self.value, self.cost = value, flops
 
-    infer = Activation.infer
+    def infer(self, inputs, attrs):
+        return {"dinp": (inputs["inp"].shape, "f32")}
+
     sizes = Activation.sizes
     flops = Activation.flops
 

@@ -54,9 +54,8 @@ class Attention(Kind):
     template = "attention"
     outputs = ("out", "lse")
     inputs = ("qkv", "window")
-
-    def signature_of(self, op):
-        return ("out", "lse", "qkv", *(("window",) if "window" in op.inputs else ()), "b", "t")
+    signature = ("out", "lse", "qkv", "window", "b", "t")
+    optional = ("window",)
 
     def infer(self, inputs, attrs):
         b, t, _ = inputs["qkv"].shape
@@ -86,9 +85,8 @@ class AttentionBackward(Kind):
     template = "attention"
     outputs = ("dqkv",)
     inputs = ("dout", "out", "lse", "qkv", "window")
-
-    def signature_of(self, op):
-        return ("dqkv", "dout", "out", "lse", "qkv", *(("window",) if "window" in op.inputs else ()), "b", "t")
+    signature = ("dqkv", "dout", "out", "lse", "qkv", "window", "b", "t")
+    optional = ("window",)
 
     def infer(self, inputs, attrs):
         return {"dqkv": (inputs["qkv"].shape, "f32")}

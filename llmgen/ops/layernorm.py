@@ -15,6 +15,7 @@ class LayerNorm(Kind):
     outputs = ("out", "mean", "rstd")
     inputs = ("inp", "weight", "bias")
     signature = ("out", "mean", "rstd", "inp", "weight", "bias", "n", "c")
+    optional = ("weight", "bias")
 
     def infer(self, inputs, attrs):
         shape = inputs["inp"].shape
@@ -53,6 +54,7 @@ class LayerNormBackward(Kind):
         *("dinp", "dweight", "dbias", "dout", "inp", "mean", "rstd", "weight", "addend", "n", "c"),
         "accumulate",
     )
+    optional = ("weight", "dweight", "dbias")
     in_place = {"dinp": ("addend",)}
     addends = {"dinp": "addend"}
 

@@ -16,6 +16,7 @@ class QkNorm(Kind):
     outputs = ("out", "rstd")
     inputs = ("inp", "qweight", "kweight")
     signature = ("out", "rstd", "inp", "qweight", "kweight", "n")
+    optional = ("qweight", "kweight")
 
     def infer(self, inputs, attrs):
         b, t, width = inputs["inp"].shape
@@ -48,6 +49,7 @@ class QkNormBackward(Kind):
     outputs = ("dinp", "dqweight", "dkweight")
     inputs = ("dout", "inp", "rstd", "qweight", "kweight")
     signature = ("dinp", "dqweight", "dkweight", "dout", "inp", "rstd", "qweight", "kweight", "n", "accumulate")
+    optional = ("qweight", "kweight", "dqweight", "dkweight")
 
     def infer(self, inputs, attrs):
         head = ((attrs["head_size"],), "f32")

@@ -28,6 +28,7 @@ class RmsNorm(Kind):
     outputs = ("out", "rstd")
     inputs = ("inp", "weight")
     signature = ("out", "rstd", "inp", "weight", "n", "c")
+    optional = ("weight",)
 
     def infer(self, inputs, attrs):
         shape = inputs["inp"].shape
@@ -60,6 +61,7 @@ class RmsNormBackward(Kind):
     outputs = ("dinp", "dweight")
     inputs = ("dout", "inp", "rstd", "weight", "addend")
     signature = ("dinp", "dweight", "dout", "inp", "rstd", "weight", "addend", "n", "c", "accumulate")
+    optional = ("weight", "dweight")
     in_place = {"dinp": ("addend",)}
     addends = {"dinp": "addend"}
 
