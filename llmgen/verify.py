@@ -19,6 +19,7 @@ from llmgen.config import Config
 from llmgen.errors import UserError
 from llmgen.formats import debug_state, tokens, weights
 from llmgen.graph import Graph
+from llmgen.ops.cross_entropy import capped
 
 GRADIENT_LIMIT = {"fp32": 1e-4}
 LOGITS_LIMIT = {"fp32": 1e-5}
@@ -139,7 +140,7 @@ def _compare_state(config, graph, parameters, text, state) -> list[Row]:
     values |= {name: p.astype(np.float64) for name, p in parameters.items()}
     keep = {"logits"}
     want = reference.run(graph.function("forward_backward"), values, keep)
-    logits = want["logits"][..., : config.model.vocab_size]
+    logits = capped(want["logits"][..., : config.model.vocab_size], config.model.logit_softcap)
     loss = want["losses"].mean()
     rows = [
         Row("logits", logits.shape, error(state.logits, logits), LOGITS_LIMIT[precision]),
