@@ -47,7 +47,7 @@ class Profile:
 PROFILES = (
     Profile("x86-64-v2", width=4, tile_rows=6, tile_vectors=2, depth=512, l2=256 * KiB),
     Profile("x86-64-v3", width=8, tile_rows=6, tile_vectors=2, depth=384, l2=512 * KiB),
-    Profile("x86-64-v4", width=16, tile_rows=8, tile_vectors=3, depth=768, l2=1024 * KiB),
+    Profile("x86-64-v4", width=16, tile_rows=6, tile_vectors=4, depth=768, l2=1024 * KiB),
     Profile("armv8-a", width=4, tile_rows=8, tile_vectors=3, depth=512, l2=512 * KiB),
 )
 
