@@ -1,7 +1,7 @@
 """What the C target knows of processors: profiles, register tiles, cache blocking, sizes of scratch memory.
 
-Everything is a plain function of integers: what comes out are named constants for the enum of the generated source, which is
-rendered for one profile. docs/cpu.md says how the blocking was found.
+Everything is a plain function of integers: what comes out are named constants for the enum of the generated source,
+which is rendered for one profile. docs/cpu.md says how the blocking was found.
 """
 
 import math
@@ -20,11 +20,11 @@ KiB = 1 << 10
 class Profile:
     """A family of processors that one source is rendered for.
 
-    The register tile is tile_rows x (tile_vectors * width) sums. They, tile_vectors registers of the right operand and one
-    broadcast of the left must fit the register file: 16 registers up to AVX2, 32 with AVX-512 and NEON. And there must be
-    enough independent sums to cover latency x throughput of the multiply-adds (4 x 2 on most cores).
-    depth is how many k a product sums at a time, as measured: up to AVX2 such that a panel of the right operand stays in L1;
-    with AVX-512 it may stream from L2, and a longer sum pays. l2: the second cache of a typical core, in bytes.
+    The register tile is tile_rows x (tile_vectors * width) sums. They, tile_vectors registers of the right operand and
+    one broadcast of the left must fit the register file: 16 registers up to AVX2, 32 with AVX-512 and NEON. And there
+    must be enough independent sums to cover latency x throughput of the multiply-adds (4 x 2 on most cores).
+    depth is how many k a product sums at a time, as measured: up to AVX2 such that a panel of the right operand stays in
+    L1; with AVX-512 it may stream from L2, and a longer sum pays. l2: the second cache of a typical core, in bytes.
     """
 
     name: str
@@ -51,7 +51,7 @@ PROFILES = (
     Profile("armv8-a", width=4, tile_rows=8, tile_vectors=3, depth=512, l2=512 * KiB),
 )
 
-# Features of /proc/cpuinfo that make a processor one of a level, best level first (x86-64 psABI, micro-architecture levels).
+# Features of /proc/cpuinfo that make a processor one of a level, best level first (x86-64 psABI, "levels").
 _X86_LEVELS = (
     ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
     ("x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
@@ -110,8 +110,8 @@ def constants(
 ) -> list[tuple[str, int, str]]:
     """The kernels' constants for the enum of the generated source: (name, value, comment) in order.
 
-    linears: (n, c, oc) of every linear layer: rows of tokens, channels in, channels out. The classifier need not be named.
-    rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len the longest that is evaluated.
+    linears: (n, c, oc) of every linear layer: rows of tokens, channels in, channels out. The classifier's is added.
+    rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len of the longest ever evaluated.
     """
     chunk = chunk_rows(rows, padded_vocab_size)
     linears = [*linears, (chunk, num_heads * head_size, padded_vocab_size)]
@@ -123,7 +123,8 @@ def constants(
     kc, nc = min(profile.depth, _up(longest, 8)), min(_up(192, NR), _up(longest, NR))
     # A block of the left operand fills three quarters of L2: it is read once for each panel of the right one.
     mc = min(_down(profile.l2 * 3 // 4 // (kc * FLOAT), MR), _up(max(tokens, longest), MR))
-    # Weight gradient: the sum runs over the tokens, and both operands are packed. The left one again for each NC columns.
+    # Weight gradient: the sum runs over the tokens, and both operands are packed, the left one for each strip again: so
+    # strips are wide, and sums shorter in return.
     kc_both, nc_both = min(384, _up(tokens, 8)), min(_up(768, NR), _up(longest, NR))
     a_panel = _panel(kc_both * MR)
     packed_a = mc // MR * a_panel
@@ -153,15 +154,15 @@ def constants(
         (
             "THREAD_SCRATCH",
             max(packed_a + packed_b, attention),
-            "floats of a thread: packed operands, or AttentionScratch",
+            "floats of a thread: packed operands, or attention's",
         ),
         ("CHUNK", chunk, "rows of logits that exist at a time"),
     ]
 
 
 def _attention_scratch(MR: int, NR: int, bq: int, bk: int, head_size: int, max_seq_len: int) -> int:
-    """Floats of AttentionScratch in templates/c/ops/attention.j2: two blocks of scores, two values for each query, and the
-    packed keys, values and channels of a head."""
+    """Floats of AttentionScratch in templates/c/ops/attention.j2: two blocks of scores, two values for each query, and
+    the packed keys, values and channels of a head."""
     key_panels, channel_panels = -(-max_seq_len // NR), -(-head_size // NR)
     keys = key_panels * (head_size * NR + 16)
     channels = channel_panels * (max_seq_len * NR + 16)
@@ -170,7 +171,7 @@ def _attention_scratch(MR: int, NR: int, bq: int, bk: int, head_size: int, max_s
 
 
 def _panel(floats: int) -> int:
-    """Floats from one panel to the next: a cache line more than a multiple of one, so that panels do not share cache sets."""
+    """Floats from one panel to the next: one cache line more than it holds, so that panels do not share cache sets."""
     return _up(floats, 16) + 16
 
 

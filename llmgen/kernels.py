@@ -28,8 +28,8 @@ _INNER = re.compile(r"^ +{% if .*?^ +{% endif %}", re.M | re.S)  # an optional p
 def with_helpers(functions: Iterable[str], templates: Path) -> frozenset[str]:
     """The functions and all that they call, directly or not, among those that the templates emit on demand.
 
-    templates: the folder that holds c/. A function stands between `{% if "name" in functions %}` and `{% endif %}` at the
-    left margin; whatever name occurs in there is needed by it.
+    templates: the folder that holds c/. A function stands between `{% if "name" in functions %}` and `{% endif %}` at
+    the left margin; whatever name occurs in there is needed by it.
     """
     text = "\n".join((templates / name).read_text() for name in TEMPLATES)
     blocks = [(re.findall(r'"(\w+)"', condition), _INNER.sub("", body)) for condition, body in _GUARDED.findall(text)]

@@ -171,7 +171,7 @@ def compile_source(text: str, folder: Path, compiler: str, flags: list[str]) -> 
 
 
 class Library:
-    """Calls the kernels with numpy arrays and plain numbers: lib.linear_forward(out, inp, weight, None, None, n, c, oc)."""
+    """Calls the kernels with numpy arrays and plain numbers: lib.add_forward(out, a, b, n)."""
 
     def __init__(self, path: Path, threads: int = 1):
         self._library = ctypes.CDLL(str(path))

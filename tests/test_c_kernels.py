@@ -1,4 +1,4 @@
-"""Every kernel of the C target against numpy in float64, over ordinary and awkward shapes, for each profile that runs here."""
+"""Every kernel of the C target against numpy in float64, over ordinary and awkward shapes, for all profiles it can."""
 
 import shutil
 
@@ -422,9 +422,9 @@ def results(lib, rng):
     lib.linear_gelu_forward(hidden, pre, out, weight, None, n, c, 4 * c)
     lib.linear_backward_weight(dweight, dbias, hidden, out, n, c, 4 * c, 0)
     lib.linear_backward_input(dinp, hidden, weight, n, c, 4 * c)
-    mean, rstd, dw, db = poisoned(n), poisoned(n), poisoned(c), poisoned(c)
-    lib.layernorm_forward(out, mean, rstd, dinp, dw := np.ones(c, np.float32), dw, n, c)
-    lib.layernorm_backward(out, dw, db, dout, dinp, mean, rstd, np.ones(c, np.float32), None, n, c, 0)
+    mean, rstd, dw, db, ones = poisoned(n), poisoned(n), poisoned(c), poisoned(c), np.ones(c, np.float32)
+    lib.layernorm_forward(out, mean, rstd, dinp, ones, ones, n, c)
+    lib.layernorm_backward(out, dw, db, dout, dinp, mean, rstd, ones, None, n, c, 0)
     losses, logits, dhead = poisoned(n), poisoned(n, v), poisoned(v, c)
     targets = np.arange(n, dtype=np.int32) % s.vocab_size
     lib.classifier_forward_backward(losses, dinp, dhead, logits, out, normal(rng, v, c), targets, 1.0 / n, n, 0)
