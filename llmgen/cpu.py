@@ -23,7 +23,7 @@ class Profile:
     The register tile is tile_rows x (tile_vectors * width) sums. They, tile_vectors registers of the right operand and
     one broadcast of the left must fit the register file: 16 registers up to AVX2, 32 with AVX-512 and NEON. And there
     must be enough independent sums to cover latency x throughput of the multiply-adds (4 x 2 on most cores).
-    depth is how many k a product sums at a time, as measured: up to AVX2 such that a panel of the right operand stays in
+    depth is how many k a product sums at a time, as measured: up to AVX2 so that a panel of the right operand stays in
     L1; with AVX-512 it may stream from L2, and a longer sum pays. l2: the second cache of a typical core, in bytes.
     """
 
@@ -111,7 +111,7 @@ def constants(
     """The kernels' constants for the enum of the generated source: (name, value, comment) in order.
 
     linears: (n, c, oc) of every linear layer: rows of tokens, channels in, channels out. The classifier's is added.
-    rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len of the longest ever evaluated.
+    rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len of the longest evaluated.
     """
     chunk = chunk_rows(rows, padded_vocab_size)
     linears = [*linears, (chunk, num_heads * head_size, padded_vocab_size)]
