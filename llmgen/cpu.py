@@ -23,8 +23,8 @@ class Profile:
     The register tile is tile_rows x (tile_vectors * width) sums. They, tile_vectors registers of the right operand and
     one broadcast of the left must fit the register file: 16 registers up to AVX2, 32 with AVX-512 and NEON. And there
     must be enough independent sums to cover latency x throughput of the multiply-adds (4 x 2 on most cores).
-    depth is how many k a product sums at a time, as measured: up to AVX2 so that a panel of the right operand stays in
-    L1; with AVX-512 it may stream from L2, and a longer sum pays. l2: the second cache of a typical core, in bytes.
+    depth is how many k a product sums at a time, as measured: the wider the registers, the longer a sum must be to pay
+    for its beginning and end. l2: the second cache of a typical core, in bytes.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Profile:
 
 PROFILES = (
     Profile("x86-64-v2", width=4, tile_rows=6, tile_vectors=2, depth=512, l2=256 * KiB),
-    Profile("x86-64-v3", width=8, tile_rows=6, tile_vectors=2, depth=384, l2=512 * KiB),
+    Profile("x86-64-v3", width=8, tile_rows=6, tile_vectors=2, depth=512, l2=512 * KiB),
     Profile("x86-64-v4", width=16, tile_rows=6, tile_vectors=4, depth=768, l2=1024 * KiB),
     Profile("armv8-a", width=4, tile_rows=8, tile_vectors=3, depth=512, l2=512 * KiB),
 )
@@ -119,13 +119,14 @@ def constants(
     tokens = max(n for n, _, _ in linears)
     W, MR, NV, NR = profile.width, profile.tile_rows, profile.tile_vectors, profile.tile_columns
 
-    # Forward and input gradient: out has a row for each token, and the left operand is read where it lies.
-    kc, nc = min(profile.depth, _up(longest, 8)), min(_up(192, NR), _up(longest, NR))
-    # A block of the left operand fills three quarters of L2: it is read once for each panel of the right one.
-    mc = min(_down(profile.l2 * 3 // 4 // (kc * FLOAT), MR), _up(max(tokens, longest), MR))
+    # Forward and input gradient: the left operand, rows of tokens, is read where it lies. A strip of the right one
+    # fills three quarters of L2.
+    kc = min(profile.depth, _up(longest, 8))
+    nc = min(_down(profile.l2 * 3 // 4 // (kc * FLOAT), NR), _up(longest, NR))
     # Weight gradient: the sum runs over the tokens, and both operands are packed, the left one for each strip again: so
     # strips are wide, and sums shorter in return.
-    kc_both, nc_both = min(384, _up(tokens, 8)), min(_up(768, NR), _up(longest, NR))
+    kc_both, nc_both = min(256, _up(tokens, 8)), min(_up(768, NR), _up(longest, NR))
+    mc = min(_down(256, MR), _up(max(tokens, longest), MR))
     a_panel = _panel(kc_both * MR)
     packed_a = mc // MR * a_panel
     packed_b = max(nc // NR * _panel(kc * NR), nc_both // NR * _panel(kc_both * NR))
@@ -138,9 +139,9 @@ def constants(
         ("MR", MR, "rows of the register tile"),
         ("NV", NV, "vectors in a row of it"),
         ("NR", NR, "columns of it: NV * W"),
-        ("KC", kc, f"summed at a time: a panel of KC x NR takes {kc * NR * FLOAT // KiB} KiB"),
-        ("MC", mc, f"rows of a block: MC x KC takes {mc * kc * FLOAT // KiB} KiB of L2"),
-        ("NC", nc, "columns of the right operand that are packed at a time"),
+        ("KC", kc, f"summed at a time: MR rows of the left operand take {MR * kc * FLOAT // KiB} KiB of L1"),
+        ("NC", nc, f"columns packed at a time: KC x NC takes {kc * nc * FLOAT // KiB} KiB of L2"),
+        ("MC", mc, "rows of a block of out"),
         ("KC_BOTH", kc_both, "the same as KC where both operands are packed"),
         ("NC_BOTH", nc_both, "the same as NC there"),
         ("A_PANEL", a_panel, "floats from one packed panel of MR rows to the next"),

@@ -6,10 +6,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 
-from llmgen import cpu, kernels
+from llmgen import config, cpu, kernels, render
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -22,7 +21,7 @@ GLOBALS = """
 
 enum {
 %s};
-static const float LN_EPSILON = 1e-5f;
+static const float NORM_EPSILON = 1e-5f;
 static int num_threads = 1;
 static float *thread_scratch;
 static FILE *logits_file;
@@ -55,6 +54,7 @@ SIGNATURES = {
 }
 INTS = ["n", "c", "oc", "b", "t", "rows", "accumulate", "step"]
 FLOATS = ["loss_scale", "grad_scale", "learning_rate", "weight_decay", "beta1", "beta2", "epsilon"]
+OPS = ["token_embedding", "position_embedding", "layernorm", "linear", "add", "attention", "classifier", "global_norm", "adamw"]
 MATH = ("vexp", "vlog", "vtanh", "vsqrt", "vgelu", "vgelu_grad")
 
 
@@ -112,15 +112,15 @@ def source(sizes: Sizes, profile: cpu.Profile, overrides: dict[str, int] | None 
     values = {**fixed, **{name: value for name, value, _ in blocking}, **({"CHUNK": s.chunk} if s.chunk else {})}
     values.update(overrides or {})
     enum = "".join(f"    {name} = {value},\n" for name, value in values.items())
-    functions = kernels.with_helpers([*SIGNATURES, *MATH], TEMPLATES)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    body = "".join(environment.get_template(name).render(functions=functions) for name in kernels.TEMPLATES)
+    environment = render.environment()
+    model = config.ModelConfig(1, s.num_heads, c, s.vocab_size, longest, s.num_heads, s.head_size, 4 * c)
+    names = ["c/compiler.j2", *kernels.templates(OPS)]
+
+    def section(functions: frozenset) -> str:
+        parts = [environment.get_template(name).render(functions=functions, options=kernels.options(model)) for name in names]
+        return "".join(parts)
+
+    body = section(kernels.with_helpers([*SIGNATURES, *MATH], names, TEMPLATES, section))
     return GLOBALS % enum + body + wrappers()
 
 
