@@ -48,6 +48,15 @@ class LiftBackward(Lift):
 
 LIFT, LIFT_BACKWARD = Lift(), LiftBackward()
 
+HS, NKV = Dim(2, "HS"), Dim(1, "NKV")
+HEADS = {"num_heads": NH, "num_kv_heads": NH, "head_size": HS, "channels": C}
+GROUPS = {"num_heads": NH, "num_kv_heads": NKV, "head_size": HS, "channels": C}
+GROUPED = Dim(10, "QKV")
+TURNS = {name: Tensor(name, (MAXT, Dim(1, "ROPE_HALF")), role="constant", values=()) for name in ("cos", "sin")}
+FREQUENCIES = {"half": Dim(1, "ROPE_HALF"), "theta": 100.0, "factor": 8.0}
+FREQUENCIES |= {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_seq_len": 13}
+PLAIN_LOSS = {"vocab_size": V, "softcap": 0.0, "smoothing": 0.0, "z_loss": 0.0}
+
 # name -> (op, inputs as parameter shapes or tensors, attributes)
 CASES = {
     "token_embedding": (ops.TOKEN_EMBEDDING, {"tokens": TOKENS, "wte": parameter("wte", VP, C)}, {}),
@@ -59,11 +68,36 @@ CASES = {
     ),
     "linear": (ops.LINEAR, {"inp": (B, T, C), "weight": parameter("weight", OC, C), "bias": parameter("bias", OC)}, {}),
     "linear without bias": (ops.LINEAR, {"inp": (B, T, C), "weight": parameter("weight", OC, C)}, {}),
-    "gelu": (ops.GELU, {"inp": (B, T, C)}, {}),
+    **{name: (kind, {"inp": (B, T, C)}, {}) for name, kind in ops.ACTIVATIONS.items()},
     "add": (ops.ADD, {"a": (B, T, C), "b": (B, T, C)}, {}),
+    "multiply": (ops.MULTIPLY, {"a": (B, T, C), "b": (B, T, C)}, {}),
+    "scale": (ops.SCALE, {"inp": (B, T, C)}, {"factor": 0.7}),
     "copy": (ops.COPY, {"inp": (B, T, C)}, {}),
-    "attention": (ops.ATTENTION, {"qkv": (B, T, 3 * C)}, {"num_heads": NH, "channels": C}),
-    "cross_entropy": (ops.CROSS_ENTROPY, {"logits": (B, T, VP), "targets": TARGETS}, {"vocab_size": V}),
+    "layernorm without weight": (ops.LAYERNORM, {"inp": (B, T, C)}, {"epsilon": 1e-5}),
+    "rmsnorm": (ops.RMSNORM, {"inp": (B, T, C), "weight": parameter("weight", C)}, {"epsilon": 1e-5}),
+    "rmsnorm without weight": (ops.RMSNORM, {"inp": (B, T, C)}, {"epsilon": 1e-5}),
+    "qk_norm": (
+        ops.QK_NORM,
+        {"inp": (B, T, GROUPED), "qweight": parameter("qweight", HS), "kweight": parameter("kweight", HS)},
+        {**GROUPS, "epsilon": 1e-5},
+    ),
+    "qk_norm without weight": (ops.QK_NORM, {"inp": (B, T, GROUPED)}, {**GROUPS, "epsilon": 1e-5}),
+    "rope": (ops.ROPE, {"inp": (B, T, GROUPED), **TURNS}, {**GROUPS, **FREQUENCIES, "scaling": "none"}),
+    "rope, slowed down": (ops.ROPE, {"inp": (B, T, GROUPED), **TURNS}, {**GROUPS, **FREQUENCIES, "scaling": "llama3"}),
+    "attention": (ops.ATTENTION, {"qkv": (B, T, 3 * C)}, {**HEADS, "scale": 0.6, "softcap": 0.0}),
+    "attention, grouped": (ops.ATTENTION, {"qkv": (B, T, GROUPED)}, {**GROUPS, "scale": 0.6, "softcap": 0.0}),
+    "attention, windowed": (
+        ops.ATTENTION,
+        {"qkv": (B, T, 3 * C), "window": Tensor("window", (), "i32", "constant", values=2)},
+        {**HEADS, "scale": 0.6, "softcap": 0.0},
+    ),
+    "attention, capped": (ops.ATTENTION, {"qkv": (B, T, 3 * C)}, {**HEADS, "scale": 2.0, "softcap": 1.5}),
+    "cross_entropy": (ops.CROSS_ENTROPY, {"logits": (B, T, VP), "targets": TARGETS}, PLAIN_LOSS),
+    "cross_entropy, all options": (
+        ops.CROSS_ENTROPY,
+        {"logits": (B, T, VP), "targets": TARGETS},
+        {"vocab_size": V, "softcap": 2.0, "smoothing": 0.1, "z_loss": 0.05},
+    ),
 }
 
 
@@ -112,6 +146,16 @@ def test_every_kind_of_the_forward_graph_is_checked_here():
     assert forward == {kind for kind, _, _ in CASES.values()}
 
 
+def test_rotary_angles_turn_a_pair_by_its_position():
+    g = Builder()
+    g.apply(ops.ROPE, "out", attrs={**HEADS, **FREQUENCIES, "scaling": "none"}, inp=Tensor("x", (B, T, 3 * C)), **TURNS)
+    x = np.zeros((1, 3, 18))
+    x[:, :, 0] = 1.0  # the first channel of the first query
+    out = g.ops[0].kind.reference(g.ops[0], {"inp": x})["out"]
+    np.testing.assert_allclose(out[0, :, :2], [[np.cos(t), np.sin(t)] for t in range(3)], rtol=1e-12)
+    np.testing.assert_array_equal(out[0, :, 12:], x[0, :, 12:])
+
+
 def test_layer_norm_gives_rows_of_mean_0_and_variance_1():
     x = np.random.default_rng(0).normal(2, 3, (4, 50))
     inp, w, b = Tensor("x", (Dim(4, "n"), Dim(50, "c"))), Tensor("w", (Dim(50, "c"),)), Tensor("b", (Dim(50, "c"),))
@@ -125,12 +169,12 @@ def test_layer_norm_gives_rows_of_mean_0_and_variance_1():
 
 def test_attention_looks_only_at_the_past():
     g = Builder()
-    g.apply(ops.ATTENTION, "out", attrs={"num_heads": NH, "channels": C}, qkv=Tensor("qkv", (B, T, 3 * C)))
+    g.apply(ops.ATTENTION, "out", attrs={**HEADS, "scale": 1.0, "softcap": 0.0}, qkv=Tensor("qkv", (B, T, 3 * C)))
     op = g.ops[0]
     qkv = np.random.default_rng(0).normal(size=(2, 5, 18))
     changed = qkv.copy()
     changed[:, 3:] += 1
-    before, after = (op.kind.reference(op, {"qkv": x})["out"] for x in (qkv, changed))
+    before, after = (op.kind.reference(op, {"qkv": x, "window": None})["out"] for x in (qkv, changed))
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
     assert np.all(before[:, 3:] != after[:, 3:])
 

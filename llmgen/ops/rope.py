@@ -31,6 +31,14 @@ def rotated(x, cos, sin):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
+def turned(op, inp, direction):
+    """inp (b, t, (NH + 2*NKV)*HS) with its queries and keys rotated."""
+    angles = np.arange(inp.shape[1])[:, None] * frequencies(op.attrs)
+    cos, sin = np.cos(angles), np.sin(angles) * direction
+    q, k, v = heads.split(inp, op.attrs["num_heads"].size, op.attrs["num_kv_heads"].size)
+    return heads.join(rotated(q, cos, sin), rotated(k, cos, sin), v)
+
+
 class Rope(Kind):
     function = "rope_forward"
     template = "rope"
@@ -39,13 +47,12 @@ class Rope(Kind):
     signature = ("out", "inp", "cos", "sin", "b", "t")
     in_place = {"out": ("inp",)}
     tables = ("rope_tables", ("cos", "sin"))
-    direction = 1
 
     def infer(self, inputs, attrs):
         return {"out": (inputs["inp"].shape, "f32")}
 
     def sizes(self, op):
-        b, t, _ = op.inputs[self.inputs[0]].shape
+        b, t, _ = op.inputs["inp"].shape
         return {"b": b, "t": t}
 
     def backward(self, op, d):
@@ -53,28 +60,35 @@ class Rope(Kind):
         return [Step(ROPE_BACKWARD, inputs, {"dinp": op.inputs["inp"]}, op.attrs)]
 
     def flops(self, op):
-        return 3 * op.inputs[self.inputs[0]].count.size
+        return 3 * op.inputs["inp"].count.size
 
     def reference(self, op, x):
-        inp = x[self.inputs[0]]
-        angles = np.arange(inp.shape[1])[:, None] * frequencies(op.attrs)
-        cos, sin = np.cos(angles), np.sin(angles) * self.direction
-        q, k, v = heads.split(inp, op.attrs["num_heads"].size, op.attrs["num_kv_heads"].size)
-        return {self.outputs[0]: heads.join(rotated(q, cos, sin), rotated(k, cos, sin), v)}
+        return {"out": turned(op, x["inp"], 1)}
 
 
-class RopeBackward(Rope):
+class RopeBackward(Kind):
     """The rotation by the opposite angle."""
 
     function = "rope_backward"
+    template = "rope"
     outputs = ("dinp",)
     inputs = ("dout", "cos", "sin")
     signature = ("dinp", "dout", "cos", "sin", "b", "t")
     in_place = {"dinp": ("dout",)}
-    direction = -1
+    tables = Rope.tables
 
     def infer(self, inputs, attrs):
         return {"dinp": (inputs["dout"].shape, "f32")}
+
+    def sizes(self, op):
+        b, t, _ = op.inputs["dout"].shape
+        return {"b": b, "t": t}
+
+    def flops(self, op):
+        return 3 * op.inputs["dout"].count.size
+
+    def reference(self, op, x):
+        return {"dinp": turned(op, x["dout"], -1)}
 
 
 ROPE = Rope()
