@@ -24,6 +24,8 @@ from llmgen.ops.cross_entropy import capped
 GRADIENT_LIMIT = {"fp32": 1e-4}
 LOGITS_LIMIT = {"fp32": 1e-5}
 LOSS_LIMIT = {"fp32": 1e-5}
+# AdamW divides a gradient by its own size: of one that is 0 but for rounding, a small epsilon makes a whole step, any way.
+EPSILON = 1e-5
 SMALL = 20_000_000  # parameters up to which ten optimizer steps are compared; two beyond
 
 
@@ -120,8 +122,8 @@ def verify(config: Config, build: Callable[[Config, Path], Path], say: Callable[
         rows = _compare_state(config, graph, parameters, text, state)
         for row in rows:
             say(str(row))
-        settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0}
-        given = ["--lr", "1e-3", "--weight-decay", "0.1", "--grad-clip", "1.0", "--val-every", "0"]
+        settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0, "epsilon": EPSILON}
+        given = ["--lr", "1e-3", "--weight-decay", "0.1", "--grad-clip", "1.0", "--epsilon", str(EPSILON), "--val-every", "0"]
         _run(program, folder, [*inputs, *given, "--steps", str(steps), "--log-dir", "log"])
         lines = [json.loads(line) for line in (folder / "log" / "metrics.jsonl").read_text().splitlines()]
     rows.append(_compare_steps(config, graph, parameters, text, lines, settings))

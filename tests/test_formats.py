@@ -3,7 +3,9 @@
 import os
 import resource
 import struct
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -400,6 +402,17 @@ def test_a_fifo_is_written_in_place(tmp_path):
     reader.join()
     assert len(got[0]) == weights.file_bytes(SHAPES)
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_regular_file_among_the_devices_is_replaced_whole():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder, "w.bin")
+        path.write_bytes(b"old")
+        with pytest.raises(KeyboardInterrupt), files.replacing(path) as output:
+            output.write(b"new")
+            raise KeyboardInterrupt
+        assert path.read_bytes() == b"old" and os.listdir(folder) == ["w.bin"]
 
 
 def test_a_limit_on_file_sizes_gives_one_line_and_leaves_nothing(tmp_path):

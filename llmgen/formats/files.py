@@ -121,7 +121,7 @@ class Output:
                 regular = True
             if os.path.isdir(target):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if regular and not target.startswith(("/dev/", "/proc/")):
+            if regular:
                 self._target = os.path.realpath(target)  # a link stays, what it points to is replaced
                 folder, name = os.path.split(self._target)
                 temporary = os.path.join(folder, f".{name}.tmp")
