@@ -45,8 +45,8 @@
  *      995,807,232  AdamW's moments
  *      151,977,984  activations that the backward needs
  *       53,087,232  arena for all that lives shorter (at least 53,087,232 are alive at once)
- *        1,572,480  scratch for each thread
- *    2,198,252,160  in all, with one thread
+ *        1,050,240  scratch for each thread
+ *    2,197,729,920  in all, with one thread
  *
  * Contents: sizes, tensors, basics, vectors, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -103,23 +103,23 @@ enum {
     MR = 6,                   /* rows of the register tile */
     NV = 2,                   /* vectors in a row of it */
     NR = 16,                  /* columns of it: NV * W */
-    KC = 384,                 /* summed at a time: a panel of KC x NR takes 24 KiB */
-    MC = 252,                 /* rows of a block: MC x KC takes 378 KiB of L2 */
-    NC = 192,                 /* columns of the right operand that are packed at a time */
-    KC_BOTH = 384,            /* the same as KC where both operands are packed */
+    KC = 512,                 /* summed at a time: MR rows of the left operand take 12 KiB of L1 */
+    NC = 192,                 /* columns packed at a time: KC x NC takes 384 KiB of L2 */
+    MC = 252,                 /* rows of a block of out */
+    KC_BOTH = 256,            /* the same as KC where both operands are packed */
     NC_BOTH = 768,            /* the same as NC there */
-    A_PANEL = 2320,           /* floats from one packed panel of MR rows to the next */
-    PACKED_A = 97440,         /* floats of the packed left operand; those of the right one follow */
+    A_PANEL = 1552,           /* floats from one packed panel of MR rows to the next */
+    PACKED_A = 65184,         /* floats of the packed left operand; those of the right one follow */
     PACKING = 32,             /* packing one value takes as long as so many multiply-adds */
     FEW_ROWS = 16,            /* up to so many rows, a product reads its weight where it lies */
     TEAM_PRODUCTS = 262144,   /* multiply-adds that are worth waking the other threads for */
     TEAM_VALUES = 8192,       /* the same for values that are computed one by one */
     BQ = 72,                  /* queries in a block of attention */
     BK = 64,                  /* keys in it */
-    THREAD_SCRATCH = 393120,  /* floats of a thread: packed operands, or AttentionScratch */
+    THREAD_SCRATCH = 262560,  /* floats of a thread: packed operands, or attention's */
     CHUNK = 256,              /* rows of logits that exist at a time */
 };
-static const float LN_EPSILON = 1e-05f; /* added to the variance in a layer norm */
+static const float NORM_EPSILON = 1e-05f; /* added to the variance in a norm */
 
 /* ---- tensors: one allocation for each kind of memory; all offsets are computed by llmgen ------------------------------- */
 
@@ -225,6 +225,9 @@ static const TensorRow parameter_table[] = {
 };
 enum { NUM_TENSORS = sizeof parameter_table / sizeof parameter_table[0] };
 static const size_t PARAMETER_VALUES = 124475904;
+
+static int num_threads;
+static float *thread_scratch; /* (num_threads, THREAD_SCRATCH) */
 
 /* ---- basics: errors, output, memory, time, random numbers, signals ----------------------------------------------- */
 
@@ -457,86 +460,6 @@ static FILE *logits_file;  /* set while a debug state is written: the classifier
 static void write_logits(const float *logits, int rows) {  /* (rows, VP), of which V are written */
     for (int i = 0; i < rows; i++) write_output(logits_file, logits + (size_t)i * VP, V * sizeof(float));
 }
-
-/* ---- memory of the model ------------------------------------------------------------------------------------------------ */
-
-static int num_threads;
-static float *thread_scratch; /* (num_threads, THREAD_SCRATCH) */
-
-static void point_parameters(Parameters *p, float *memory) {
-    p->wte = memory;
-    p->wpe = memory + 38633472;
-    p->ln1w = memory + 39419904;
-    p->ln1b = memory + 39429120;
-    p->qkvw = memory + 39438336;
-    p->qkvb = memory + 60672000;
-    p->attprojw = memory + 60699648;
-    p->attprojb = memory + 67777536;
-    p->ln2w = memory + 67786752;
-    p->ln2b = memory + 67795968;
-    p->fcw = memory + 67805184;
-    p->fcb = memory + 96116736;
-    p->fcprojw = memory + 96153600;
-    p->fcprojb = memory + 124465152;
-    p->lnfw = memory + 124474368;
-    p->lnfb = memory + 124475136;
-}
-
-/* All memory the model ever uses; 2,196,679,680 bytes and 1,572,480 for each thread. */
-static void allocate_model(void) {
-    params_memory = (float *)allocate_tensors(497903616);
-    grads_memory = (float *)allocate_tensors(497903616);
-    moment1_memory = (float *)allocate_tensors(497903616);
-    moment2_memory = (float *)allocate_tensors(497903616);
-    point_parameters(&params, params_memory);
-    point_parameters(&grads, grads_memory);
-    point_parameters(&moment1, moment1_memory);
-    point_parameters(&moment2, moment2_memory);
-
-    float *workspace = (float *)allocate_tensors(205065216);
-    acts.residual = workspace;
-    acts.ln1 = workspace + 2555904;
-    acts.ln1_mean = workspace + 4915200;
-    acts.ln1_rstd = workspace + 4918272;
-    acts.qkv = workspace + 4921344;
-    acts.attention = workspace + 11999232;
-    acts.attention_lse = workspace + 14358528;
-    acts.residual2 = workspace + 14395392;
-    acts.ln2 = workspace + 16754688;
-    acts.ln2_mean = workspace + 19113984;
-    acts.ln2_rstd = workspace + 19117056;
-    acts.gelu = workspace + 19120128;
-    acts.fc = workspace + 28557312;
-    acts.lnf = workspace + 50872320;
-    acts.lnf_mean = workspace + 51265536;
-    acts.lnf_rstd = workspace + 51265792;
-    acts.losses = workspace + 51266048;
-    acts.dlnf = workspace + 51068928;
-    acts.logits = workspace + 37994496;
-    acts.dresidual = workspace + 38780928;
-    acts.dgelu = workspace + 37994496;
-    acts.dln2 = workspace + 38977536;
-    acts.dattention = workspace + 38584320;
-    acts.dqkv = workspace + 37994496;
-    acts.dln1 = workspace + 38584320;
-    eval.residual = workspace + 3145728;
-    eval.ln1 = workspace + 2359296;
-    eval.ln1_mean = workspace;
-    eval.ln1_rstd = workspace + 1024;
-    eval.qkv = workspace;
-    eval.attention = workspace + 2359296;
-    eval.attention_lse = workspace + 3932160;
-    eval.ln2 = workspace + 3932160;
-    eval.ln2_mean = workspace;
-    eval.ln2_rstd = workspace + 1024;
-    eval.gelu = workspace;
-    eval.lnf = workspace + 12877824;
-    eval.lnf_mean = workspace;
-    eval.lnf_rstd = workspace + 1024;
-    eval.losses = workspace + 13664256;
-    eval.logits = workspace;
-    thread_scratch = (float *)allocate_tensors((size_t)num_threads * 1572480);
-}
 /* ---- vectors ---------------------------------------------------------------------------------------------------------
  * W floats in one register, by the vector extensions of gcc (9 or later) and clang: arithmetic on a vec works on every
  * element, and no header of any processor is needed. Comparisons give a veci of masks: -1 is true, 0 is false. */
@@ -676,9 +599,12 @@ static void gelu_backward(float *dinp, const float *dout, const float *inp, size
  *
  *   level      holds                                         constants
  *   registers  a tile of out: MR x NR sums                   MR, NR = NV * W
- *   L1         one panel of the right operand: KC x NR       KC
- *   L2         a block of the left operand: MC x KC          MC
- *   L3         a strip of the right operand: KC x NC         NC
+ *   L1         MR rows of the left operand: MR x KC          KC
+ *   L2         a strip of the right operand: KC x NC         NC
+ *   L3         a block of out and of the left: MC rows       MC
+ *
+ * Tiles follow one another along the rows of out, so that out is written front to back: where it is large (the gradient of
+ * the token embedding) that counts for more than anything else.
  *
  * Each thread computes its own rectangle of out from what it packs itself: there is nothing to wait for but the end. Each
  * element is summed by one thread in one order of k, so results do not depend on the number of threads. */
@@ -739,11 +665,11 @@ static __attribute__((noinline)) void tile(float *out, size_t ld, int rows, Oper
 static void tile_part(float *out, size_t ld, int rows, int cols, Operand a, const float *panel, int k, const float *addend,
                       const float *bias) {
     float whole[MR * NR] = {0}, whole_bias[NR] = {0};
-    for (int j = 0; bias && j < cols; j++) whole_bias[j] = bias[j];
-    for (int i = 0; addend && i < rows; i++)
-        for (int j = 0; j < NR; j++) whole[i * NR + j] = j < cols ? addend[(size_t)i * ld + j] : 0.0f;
+    const size_t bytes = (size_t)cols * sizeof(float);
+    if (bias) memcpy(whole_bias, bias, bytes);
+    for (int i = 0; addend && i < rows; i++) memcpy(whole + i * NR, addend + (size_t)i * ld, bytes);
     tile(whole, NR, rows, a, panel, k, addend ? whole : NULL, whole_bias);
-    for (int i = 0; i < rows; i++) memcpy(out + (size_t)i * ld, whole + i * NR, (size_t)cols * sizeof(float));
+    for (int i = 0; i < rows; i++) memcpy(out + (size_t)i * ld, whole + i * NR, bytes);
 }
 
 INLINE void any_tile(float *out, size_t ld, int rows, int cols, Operand a, const float *panel, int k, const float *addend,
@@ -861,8 +787,8 @@ static void matmul(float *out, Operand a, Operand b, Epilogue then, int m, int n
                         rows = (Operand){packed_a, 1, MR};
                         panel = A_PANEL;
                     }
-                    for (int j = left; j < right; j += NR)
-                        for (int i = begin; i < end; i += MR) {
+                    for (int i = begin; i < end; i += MR)
+                        for (int j = left; j < right; j += NR) {
                             const size_t at = (size_t)i * ld + (size_t)j;
                             const Operand these = {rows.data + (size_t)((i - begin) / MR) * panel, rows.lane, rows.step};
                             const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
@@ -952,7 +878,7 @@ static void layernorm_forward(float *out, float *mean, float *rstd,             
             const vec centered = keep_upto(load_upto(x + i, c - i) - m, c - i);
             squares += centered * centered;
         }
-        const float s = 1.0f / sqrtf(reduce_add(squares) / (float)c + LN_EPSILON);
+        const float s = 1.0f / sqrtf(reduce_add(squares) / (float)c + NORM_EPSILON);
         for (int i = 0; i < c; i += W) {
             const vec xhat = (load_upto(x + i, c - i) - m) * s;
             store_upto(y + i, xhat * load_upto(weight + i, c - i) + load_upto(bias + i, c - i), c - i);
@@ -964,7 +890,7 @@ static void layernorm_forward(float *out, float *mean, float *rstd,             
 
 /* With g = dout * weight:  dinp = addend + rstd * (g - mean(g) - xhat * mean(g * xhat));
  * dweight += dout * xhat and dbias += dout, summed over the rows: there each thread takes some of the channels. */
-static void layernorm_backward(float *dinp, float *dweight, float *dbias,      /* (n, c), (c), (c) */
+static void layernorm_backward(float *dinp, float *dweight, float *dbias, /* (n, c), (c), (c) */
                                const float *dout, const float *inp,            /* (n, c), (n, c) */
                                const float *mean, const float *rstd,           /* (n), (n) */
                                const float *weight, const float *addend, /* (c), (n, c) or NULL; may be dinp */
@@ -1084,7 +1010,8 @@ static void linear_backward_weight(float *dweight, float *dbias,         /* (oc,
  * No T x T matrix ever exists: BQ queries meet BK keys at a time. The softmax runs along these blocks: the largest score and
  * the sum are kept for each query, and what has been accumulated is rescaled when the largest moves. The forward leaves
  * lse = max + log(sum), from which the backward computes any block of probabilities again. One head is the work of one
- * thread. Heads lie side by side: a row of qkv holds all of q, then k, then v. */
+ * thread. Heads lie side by side: a row of qkv holds all of q, then k, then v.
+ */
 
 enum {
     KEY_PANEL = HS * NR + 16,    /* NR keys, ready for q . k^T */
@@ -1200,9 +1127,9 @@ static void attention_forward(float *out, float *lse, /* (b, t, C), (b, NH, t) *
 #pragma omp parallel for schedule(dynamic) if ((double)b * t * t * C > TEAM_PRODUCTS)
     for (int head = 0; head < b * NH; head++) {
         const size_t row = (size_t)(head / NH) * (size_t)t, h = (size_t)(head % NH) * HS;
-        const float *q = qkv + row * 3 * C + h;
-        head_forward((AttentionScratch *)(thread_scratch + (size_t)thread_number() * THREAD_SCRATCH), out + row * C + h,
-                     lse + (size_t)head * (size_t)t, q, q + C, q + 2 * C, t);
+        const float *q = qkv + row * 3 * C + h, *k = q + C, *v = k + C;
+        head_forward((AttentionScratch *)(thread_scratch + (size_t)thread_number() * THREAD_SCRATCH),
+                     out + row * C + h, lse + (size_t)head * (size_t)t, q, k, v, t);
     }
 }
 
@@ -1214,10 +1141,6 @@ static void head_backward(AttentionScratch *s, float *dq, float *dk, float *dv, 
     pack_right(s->keys, KEY_PANEL, (Operand){k, 3 * C, 1}, t, HS);
     pack_right(s->values, KEY_PANEL, (Operand){v, 3 * C, 1}, t, HS);
     pack_right(s->channels, HEAD_PANEL, (Operand){k, 1, 3 * C}, HS, t);
-    for (int i = 0; i < t; i++) {
-        memset(dk + (size_t)i * 3 * C, 0, HS * sizeof(float));
-        memset(dv + (size_t)i * 3 * C, 0, HS * sizeof(float));
-    }
     for (int q0 = 0; q0 < t; q0 += BQ) {
         const int nq = least(BQ, t - q0);
         const Operand queries = {q + (size_t)q0 * 3 * C, 3 * C, 1}, douts = {dout + (size_t)q0 * C, C, 1};
@@ -1253,17 +1176,22 @@ static void head_backward(AttentionScratch *s, float *dq, float *dk, float *dv, 
     }
 }
 
-static void attention_backward(float *dqkv,                              /* (b, t, 3*C) */
-                               const float *dout, const float *out, /* (b, t, C), (b, t, C) */
+static void attention_backward(float *dqkv,                         /* (b, t, 3*C) */
+                               const float *dout, const float *out, /* (b, t, C) each */
                                const float *lse, const float *qkv,  /* (b, NH, t), (b, t, 3*C) */
                                int b, int t) {
 #pragma omp parallel for schedule(dynamic) if ((double)b * t * t * C > TEAM_PRODUCTS)
     for (int head = 0; head < b * NH; head++) {
         const size_t row = (size_t)(head / NH) * (size_t)t, h = (size_t)(head % NH) * HS;
-        const float *q = qkv + row * 3 * C + h;
-        float *dq = dqkv + row * 3 * C + h;
-        head_backward((AttentionScratch *)(thread_scratch + (size_t)thread_number() * THREAD_SCRATCH), dq, dq + C, dq + 2 * C,
-                      dout + row * C + h, out + row * C + h, lse + (size_t)head * (size_t)t, q, q + C, q + 2 * C, t);
+        const float *q = qkv + row * 3 * C + h, *k = q + C, *v = k + C;
+        float *dq = dqkv + row * 3 * C + h, *dk = dq + C, *dv = dk + C;
+        AttentionScratch *s = (AttentionScratch *)(thread_scratch + (size_t)thread_number() * THREAD_SCRATCH);
+        for (int i = 0; i < t; i++) {
+            memset(dk + (size_t)i * 3 * C, 0, HS * sizeof(float));
+            memset(dv + (size_t)i * 3 * C, 0, HS * sizeof(float));
+        }
+        head_backward(s, dq, dk, dv, dout + row * C + h, out + row * C + h,
+                      lse + (size_t)head * (size_t)t, q, k, v, t);
     }
 }
 
@@ -1376,6 +1304,83 @@ static void adamw_update(float *param, float *m, float *v, const float *grad, si
     }
 }
 
+
+/* ---- memory of the model ------------------------------------------------------------------------------------------------ */
+
+static void point_parameters(Parameters *p, float *memory) {
+    p->wte = memory;
+    p->wpe = memory + 38633472;
+    p->ln1w = memory + 39419904;
+    p->ln1b = memory + 39429120;
+    p->qkvw = memory + 39438336;
+    p->qkvb = memory + 60672000;
+    p->attprojw = memory + 60699648;
+    p->attprojb = memory + 67777536;
+    p->ln2w = memory + 67786752;
+    p->ln2b = memory + 67795968;
+    p->fcw = memory + 67805184;
+    p->fcb = memory + 96116736;
+    p->fcprojw = memory + 96153600;
+    p->fcprojb = memory + 124465152;
+    p->lnfw = memory + 124474368;
+    p->lnfb = memory + 124475136;
+}
+
+/* All memory the model ever uses; 2,196,679,680 bytes and 1,050,240 for each thread. */
+static void allocate_model(void) {
+    params_memory = (float *)allocate_tensors(497903616);
+    grads_memory = (float *)allocate_tensors(497903616);
+    moment1_memory = (float *)allocate_tensors(497903616);
+    moment2_memory = (float *)allocate_tensors(497903616);
+    point_parameters(&params, params_memory);
+    point_parameters(&grads, grads_memory);
+    point_parameters(&moment1, moment1_memory);
+    point_parameters(&moment2, moment2_memory);
+
+    float *workspace = (float *)allocate_tensors(205065216);
+    acts.residual = workspace;
+    acts.ln1 = workspace + 2555904;
+    acts.ln1_mean = workspace + 4915200;
+    acts.ln1_rstd = workspace + 4918272;
+    acts.qkv = workspace + 4921344;
+    acts.attention = workspace + 11999232;
+    acts.attention_lse = workspace + 14358528;
+    acts.residual2 = workspace + 14395392;
+    acts.ln2 = workspace + 16754688;
+    acts.ln2_mean = workspace + 19113984;
+    acts.ln2_rstd = workspace + 19117056;
+    acts.gelu = workspace + 19120128;
+    acts.fc = workspace + 28557312;
+    acts.lnf = workspace + 50872320;
+    acts.lnf_mean = workspace + 51265536;
+    acts.lnf_rstd = workspace + 51265792;
+    acts.losses = workspace + 51266048;
+    acts.dlnf = workspace + 51068928;
+    acts.logits = workspace + 37994496;
+    acts.dresidual = workspace + 38780928;
+    acts.dgelu = workspace + 37994496;
+    acts.dln2 = workspace + 38977536;
+    acts.dattention = workspace + 38584320;
+    acts.dqkv = workspace + 37994496;
+    acts.dln1 = workspace + 38584320;
+    eval.residual = workspace + 3145728;
+    eval.ln1 = workspace + 2359296;
+    eval.ln1_mean = workspace;
+    eval.ln1_rstd = workspace + 1024;
+    eval.qkv = workspace;
+    eval.attention = workspace + 2359296;
+    eval.attention_lse = workspace + 3932160;
+    eval.ln2 = workspace + 3932160;
+    eval.ln2_mean = workspace;
+    eval.ln2_rstd = workspace + 1024;
+    eval.gelu = workspace;
+    eval.lnf = workspace + 12877824;
+    eval.lnf_mean = workspace;
+    eval.lnf_rstd = workspace + 1024;
+    eval.losses = workspace + 13664256;
+    eval.logits = workspace;
+    thread_scratch = (float *)allocate_tensors((size_t)num_threads * 1050240);
+}
 
 /* ---- the model ---------------------------------------------------------------------------------------------------------- */
 
