@@ -130,22 +130,25 @@ class Config:
         return {"family": self.family, **tables}
 
     def stated(self) -> dict:
-        """As `to_dict`, without the fields of the model that the family says already."""
-        usual = _resolved(self.model, families.DEFAULTS[self.family])
-        tables = self.to_dict()
-        tables["model"] = {
-            f.name: getattr(self.model, f.name)
-            for f in dataclasses.fields(ModelConfig)
-            if f.default is dataclasses.MISSING or getattr(self.model, f.name) != getattr(usual, f.name)
-        }
-        return tables
+        """As `to_dict`, without what follows from the family and the defaults of [train]."""
+        usual = {"model": _resolved(self.model, families.DEFAULTS[self.family]), "train": TrainConfig()}
+        tables = {"family": self.family}
+        for table, kind in TABLES.items():
+            values, default = getattr(self, table), usual.get(table)
+            tables[table] = {
+                f.name: getattr(values, f.name)
+                for f in dataclasses.fields(kind)
+                if f.default is dataclasses.MISSING or not default or getattr(values, f.name) != getattr(default, f.name)
+            }
+        return {key: value for key, value in tables.items() if value}
 
-    def to_toml(self) -> str:
+    def to_toml(self, tables: dict | None = None) -> str:
+        """As a TOML file: all fields that are not the family's, or the given tables."""
+        tables = tables or {**self.stated(), "train": dataclasses.asdict(self.train)}
         lines = [f'family = "{self.family}"']
-        stated = self.stated()
-        for table in TABLES:
+        for table in (table for table in TABLES if table in tables):
             lines += ["", f"[{table}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in stated[table].items()]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in tables[table].items()]
         return "\n".join(lines) + "\n"
 
     @property

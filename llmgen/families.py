@@ -11,6 +11,9 @@ _LLAMA = {
     "mlp_bias": False,
     "tie_embeddings": False,
 }
+TITLES = {"gpt2": "GPT-2", "gpt3": "GPT-3", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TITLES |= {"gemma": "Gemma", "speedrun": "a modern GPT"}
+
 # What a family's name says about [model], where the file is silent.
 DEFAULTS = {
     "gpt2": {},

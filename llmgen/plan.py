@@ -93,17 +93,6 @@ class FunctionPlan:
 
 
 @dataclass(frozen=True)
-class Range:
-    """A run of the flat parameter buffer that the optimizer treats alike."""
-
-    first: str  # name of its first tensor
-    names: tuple[str, ...]
-    offset: int
-    count: int  # values, alignment included
-    decay: bool
-
-
-@dataclass(frozen=True)
 class Table:
     """A constant that the program computes once: rotary cosines and sines."""
 
@@ -140,7 +129,6 @@ class Plan:
     parameter_values: int  # values of the flat buffer, alignment included
     forward_backward: FunctionPlan
     evaluate: FunctionPlan
-    ranges: tuple[Range, ...]
     evaluation_tokens: int
     chunk: int
     thread_scratch: int  # values for each thread
@@ -261,7 +249,6 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         parameter_values=last.offset + last.stride * last.layers,
         forward_backward=planned["forward_backward"],
         evaluate=planned["evaluate"],
-        ranges=_ranges(graph, parameters),
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
         thread_scratch=scratch["THREAD_SCRATCH"],
@@ -352,19 +339,6 @@ def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Param
         offset += row.stride * row.layers
         file_offset += row.bytes
     return rows
-
-
-def _ranges(graph: Graph, parameters: list[Parameter]) -> tuple[Range, ...]:
-    """Neighbours in memory with the same decay are updated by one call."""
-    ranges: list[Range] = []
-    for p in parameters:
-        count = p.stride * p.layers
-        before = ranges[-1] if ranges else None
-        if before and before.decay == p.decay:
-            ranges[-1] = Range(before.first, (*before.names, p.name), before.offset, before.count + count, p.decay)
-        else:
-            ranges.append(Range(p.name, (p.name,), p.offset, count, p.decay))
-    return tuple(ranges)
 
 
 def _function(function: Function, layout: Layout, parameters: list[Parameter], alignment: int) -> FunctionPlan:

@@ -1,10 +1,11 @@
 """The Jinja environment: a plan in, source text out. Templates have holes and loops over ready lists, and no arithmetic."""
 
+import re
 from pathlib import Path
 
 import jinja2
 
-from llmgen import host, kernels, toolchain
+from llmgen import families, host, kernels, toolchain
 from llmgen.plan import Call, FunctionPlan, Plan, c_float
 
 WIDTH = 120  # columns of the generated source
@@ -48,6 +49,7 @@ def source(plan: Plan) -> str:
         "evaluation_members": _buffer_members(plan.evaluate),
         "table_members": [(f"float *{t.name};", f"({', '.join(map(str, t.shape))})") for t in plan.tables],
         "plan": plan,
+        "title": families.TITLES[config.family],
         "config": config,
         "model": config.model,
         "compile_line": toolchain.compile_line(name, plan.profile),
@@ -62,7 +64,19 @@ def source(plan: Plan) -> str:
         return "".join(parts)
 
     functions = kernels.with_helpers(plan.functions, context["kernel_templates"], templates_folder(), section)
-    return env.get_template("train.c.j2").render(context, functions=functions)
+    return tidy(env.get_template("train.c.j2").render(context, functions=functions))
+
+
+def tidy(text: str) -> str:
+    """One blank line between parts, and before each heading; headings `/* ---- title ---` as wide as the page."""
+
+    def heading(match: re.Match) -> str:
+        title, end = match[1], match[2] or ""
+        return f"/* ---- {title} ".ljust(WIDTH - len(end), "-") + end
+
+    text = re.sub(r"^/\* ---- (.*?) -+( \*/)?$", heading, text, flags=re.M)
+    text = re.sub(r"([^\n])\n(/\* ---- )", r"\1\n\n\2", text)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _buffer_members(function: FunctionPlan) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
-/* train_gpt2.c: trains Gpt2 (12 layers, 12 heads, 768 channels, 50257 tokens) on a CPU, in float32.
+/* train_gpt2.c: trains GPT-2 (12 layers, 12 heads, 768 channels, 50257 tokens) on a CPU, in float32.
  *
- * Written by llmgen from the configuration gpt2-124m (hash 93c744aa):
+ * Written by llmgen from the configuration gpt2-124m (hash 72536e43):
  *
  *   family = "gpt2"
  *
@@ -15,25 +15,6 @@
  *   batch_size = 4
  *   seq_len = 64
  *   precision = "fp32"
- *
- *   [train]
- *   steps = -1
- *   total_batch_size = 0
- *   learning_rate = 0.0003
- *   lr_schedule = "cosine"
- *   warmup_steps = 0
- *   final_lr_fraction = 1.0
- *   weight_decay = 0.0
- *   beta1 = 0.9
- *   beta2 = 0.95
- *   epsilon = 1e-08
- *   grad_clip = 1.0
- *   val_every = 20
- *   val_steps = 20
- *   sample_every = 0
- *   sample_length = 64
- *   shuffle = false
- *   seed = 1337
  *
  * It is yours, free of any condition. It needs a C compiler and the C library, nothing else.
  * Compile:  gcc -O3 -std=gnu11 -march=x86-64-v3 -fopenmp train_gpt2.c -lm -o train_gpt2
@@ -66,7 +47,8 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-/* ---- what is asked of the compiler ------------------------------------------------------------------------------ */
+
+/* ---- what is asked of the compiler ------------------------------------------------------------------------------- */
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -84,8 +66,7 @@ static int thread_number(void) {
 #endif
 }
 
-
-/* ---- sizes ---------------------------------------------------------------------------------------------------------- */
+/* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 enum {
     B = 4,                    /* sequences in a micro-batch */
@@ -121,7 +102,7 @@ enum {
 };
 static const float NORM_EPSILON = 1e-05f; /* added to the variance in a norm */
 
-/* ---- tensors: one allocation for each kind of memory; all offsets are computed by llmgen ------------------------------- */
+/* ---- tensors: one allocation for each kind of memory; all offsets are computed by llmgen ------------------------- */
 
 /* One pointer for each tensor, to its first layer. Gradients and moments have the shapes of the parameters. */
 typedef struct {
@@ -201,27 +182,27 @@ typedef struct {
     const char *name;
     size_t offset, stride;     /* of the first layer, and from one layer to the next, in floats */
     size_t count, valid;       /* floats of a layer; those that are initialised: vocabulary padding stays zero */
-    int layers;
+    int layers, decays;        /* layers; whether weight decay applies: to what is a matrix in each layer */
     float mean, std;           /* of the initial values: normal, or all the mean where the deviation is 0 */
 } TensorRow;
 
 static const TensorRow parameter_table[] = {
-    { "wte", 0, 38633472, 38633472, 38597376, 1, 0.0f, 0.02f },
-    { "wpe", 38633472, 786432, 786432, 786432, 1, 0.0f, 0.02f },
-    { "ln1w", 39419904, 768, 768, 768, 12, 1.0f, 0.0f },
-    { "ln1b", 39429120, 768, 768, 768, 12, 0.0f, 0.0f },
-    { "qkvw", 39438336, 1769472, 1769472, 1769472, 12, 0.0f, 0.02f },
-    { "qkvb", 60672000, 2304, 2304, 2304, 12, 0.0f, 0.0f },
-    { "attprojw", 60699648, 589824, 589824, 589824, 12, 0.0f, 0.0040824829f },
-    { "attprojb", 67777536, 768, 768, 768, 12, 0.0f, 0.0f },
-    { "ln2w", 67786752, 768, 768, 768, 12, 1.0f, 0.0f },
-    { "ln2b", 67795968, 768, 768, 768, 12, 0.0f, 0.0f },
-    { "fcw", 67805184, 2359296, 2359296, 2359296, 12, 0.0f, 0.02f },
-    { "fcb", 96116736, 3072, 3072, 3072, 12, 0.0f, 0.0f },
-    { "fcprojw", 96153600, 2359296, 2359296, 2359296, 12, 0.0f, 0.0040824829f },
-    { "fcprojb", 124465152, 768, 768, 768, 12, 0.0f, 0.0f },
-    { "lnfw", 124474368, 768, 768, 768, 1, 1.0f, 0.0f },
-    { "lnfb", 124475136, 768, 768, 768, 1, 0.0f, 0.0f },
+    { "wte", 0, 38633472, 38633472, 38597376, 1, 1, 0.0f, 0.02f },
+    { "wpe", 38633472, 786432, 786432, 786432, 1, 1, 0.0f, 0.02f },
+    { "ln1w", 39419904, 768, 768, 768, 12, 0, 1.0f, 0.0f },
+    { "ln1b", 39429120, 768, 768, 768, 12, 0, 0.0f, 0.0f },
+    { "qkvw", 39438336, 1769472, 1769472, 1769472, 12, 1, 0.0f, 0.02f },
+    { "qkvb", 60672000, 2304, 2304, 2304, 12, 0, 0.0f, 0.0f },
+    { "attprojw", 60699648, 589824, 589824, 589824, 12, 1, 0.0f, 0.0040824829f },
+    { "attprojb", 67777536, 768, 768, 768, 12, 0, 0.0f, 0.0f },
+    { "ln2w", 67786752, 768, 768, 768, 12, 0, 1.0f, 0.0f },
+    { "ln2b", 67795968, 768, 768, 768, 12, 0, 0.0f, 0.0f },
+    { "fcw", 67805184, 2359296, 2359296, 2359296, 12, 1, 0.0f, 0.02f },
+    { "fcb", 96116736, 3072, 3072, 3072, 12, 0, 0.0f, 0.0f },
+    { "fcprojw", 96153600, 2359296, 2359296, 2359296, 12, 1, 0.0f, 0.0040824829f },
+    { "fcprojb", 124465152, 768, 768, 768, 12, 0, 0.0f, 0.0f },
+    { "lnfw", 124474368, 768, 768, 768, 1, 0, 1.0f, 0.0f },
+    { "lnfb", 124475136, 768, 768, 768, 1, 0, 0.0f, 0.0f },
 };
 enum { NUM_TENSORS = sizeof parameter_table / sizeof parameter_table[0] };
 static const size_t PARAMETER_VALUES = 124475904;
@@ -325,7 +306,7 @@ static void handle_signals(void) {
     signal(SIGXFSZ, SIG_IGN);
 }
 
-/* ---- settings: what the flags say ------------------------------------------------------------------------------- */
+/* ---- settings: what the flags say -------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *load, *save, *save_dtype, *train_data, *val_data, *tokenizer, *log_dir, *lr_schedule, *debug_state;
@@ -460,7 +441,8 @@ static FILE *logits_file;  /* set while a debug state is written: the classifier
 static void write_logits(const float *logits, int rows) {  /* (rows, VP), of which V are written */
     for (int i = 0; i < rows; i++) write_output(logits_file, logits + (size_t)i * VP, V * sizeof(float));
 }
-/* ---- vectors ---------------------------------------------------------------------------------------------------------
+
+/* ---- vectors --------------------------------------------------------------------------------------------------------
  * W floats in one register, by the vector extensions of gcc (9 or later) and clang: arithmetic on a vec works on every
  * element, and no header of any processor is needed. Comparisons give a veci of masks: -1 is true, 0 is false. */
 
@@ -557,7 +539,7 @@ INLINE vec vsqrt(vec x) {
     return root + 0.5f * y * (x - root * root);
 }
 
-/* ---- GELU: x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3), which equals x / (1 + exp(-2u)) ---- */
+/* ---- GELU: x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3), which equals x / (1 + exp(-2u)) --------- */
 
 /* exp(-2u), kept finite. */
 INLINE vec gelu_exp(vec x) {
@@ -585,7 +567,7 @@ static void gelu_backward(float *dinp, const float *dout, const float *inp, size
     store_upto(dinp + at, load_upto(dout + at, rest) * vgelu_grad(load_upto(inp + at, rest)), rest);
 }
 
-/* ---- matrix products ---------------------------------------------------------------------------------------------------
+/* ---- matrix products ------------------------------------------------------------------------------------------------
  *
  *   forward           out (n, oc)      = inp (n, c) . weight (oc, c)^T     + bias, + addend, then gelu
  *   input gradient    dinp (n, c)      = dout (n, oc) . weight (oc, c)
@@ -680,7 +662,7 @@ INLINE void any_tile(float *out, size_t ld, int rows, int cols, Operand a, const
         tile_part(out, ld, rows, cols, a, panel, k, addend, bias);
 }
 
-/* ---- packing ---- */
+/* ---- packing ----------------------------------------------------------------------------------------------------- */
 
 typedef float quad __attribute__((vector_size(16)));
 typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
@@ -804,7 +786,7 @@ static void matmul(float *out, Operand a, Operand b, Epilogue then, int m, int n
     }
 }
 
-/* ---- token embedding: out[i] = wte[tokens[i]] ---- */
+/* ---- token embedding: out[i] = wte[tokens[i]] -------------------------------------------------------------------- */
 
 static void token_embedding_forward(float *out,                           /* (n, c) */
                                     const int *tokens, const float *wte, /* (n), (V, c) */
@@ -833,7 +815,7 @@ static void token_embedding_backward(float *dwte,                           /* (
     }
 }
 
-/* ---- position embedding: out[b][t] = inp[b][t] + wpe[t] ---- */
+/* ---- position embedding: out[b][t] = inp[b][t] + wpe[t] ---------------------------------------------------------- */
 
 static void position_embedding_forward(float *out,                          /* (b, t, c); may be inp */
                                        const float *inp, const float *wpe, /* (b, t, c), (MAXT, c) */
@@ -862,7 +844,7 @@ static void position_embedding_backward(float *dwpe,       /* (rows, c) */
     }
 }
 
-/* ---- layer norm: out = xhat * weight + bias with xhat = (inp - mean) * rstd, over each row of c channels ---- */
+/* ---- layer norm: out = xhat * weight + bias with xhat = (inp - mean) * rstd, over each row of c channels --------- */
 
 static void layernorm_forward(float *out, float *mean, float *rstd,                              /* (n, c), (n), (n) */
                               const float *inp, const float *weight, const float *bias, /* (n, c), (c), (c) */
@@ -932,7 +914,7 @@ static void layernorm_backward(float *dinp, float *dweight, float *dbias, /* (n,
     }
 }
 
-/* ---- linear: out = inp . weight^T + bias ---- */
+/* ---- linear: out = inp . weight^T + bias ------------------------------------------------------------------------- */
 
 /* A few rows, as in sampling: packing would cost more than the product. The weight is read once, where it lies, four of its
  * rows at a time. */
@@ -1005,7 +987,7 @@ static void linear_backward_weight(float *dweight, float *dbias,         /* (oc,
     }
 }
 
-/* ---- causal self-attention: out = softmax(q . k^T / sqrt(HS)) . v, each query seeing the keys up to its own -----------------
+/* ---- causal self-attention: out = softmax(q . k^T / sqrt(HS)) . v, each query seeing the keys up to its own ---------
  *
  * No T x T matrix ever exists: BQ queries meet BK keys at a time. The softmax runs along these blocks: the largest score and
  * the sum are kept for each query, and what has been accumulated is rescaled when the largest moves. The forward leaves
@@ -1195,7 +1177,7 @@ static void attention_backward(float *dqkv,                         /* (b, t, 3*
     }
 }
 
-/* ---- classifier: logits = inp . weight^T, loss = log(sum(exp(logits))) - logits[target] ------------------------------------
+/* ---- classifier: logits = inp . weight^T, loss = log(sum(exp(logits))) - logits[target] -----------------------------
  * CHUNK rows at a time: the logits of all tokens never exist. The weight is padded from V to VP rows; the logits of the
  * padding are computed and then left out. */
 
@@ -1258,7 +1240,7 @@ static void classifier_forward_backward(float *losses, float *dinp, float *dweig
     }
 }
 
-/* ---- the sum of squares of all gradients, for the global norm ---- */
+/* ---- the sum of squares of all gradients, for the global norm ---------------------------------------------------- */
 
 /* Cut in the same parts whatever the number of threads, which are then added in order. */
 static double sum_of_squares(const float *x, size_t n) { /* (n) */
@@ -1304,26 +1286,13 @@ static void adamw_update(float *param, float *m, float *v, const float *grad, si
     }
 }
 
+/* ---- memory of the model ----------------------------------------------------------------------------------------- */
 
-/* ---- memory of the model ------------------------------------------------------------------------------------------------ */
+_Static_assert(sizeof(Parameters) == NUM_TENSORS * sizeof(float *), "Parameters has a pointer for each row of the table");
 
 static void point_parameters(Parameters *p, float *memory) {
-    p->wte = memory;
-    p->wpe = memory + 38633472;
-    p->ln1w = memory + 39419904;
-    p->ln1b = memory + 39429120;
-    p->qkvw = memory + 39438336;
-    p->qkvb = memory + 60672000;
-    p->attprojw = memory + 60699648;
-    p->attprojb = memory + 67777536;
-    p->ln2w = memory + 67786752;
-    p->ln2b = memory + 67795968;
-    p->fcw = memory + 67805184;
-    p->fcb = memory + 96116736;
-    p->fcprojw = memory + 96153600;
-    p->fcprojb = memory + 124465152;
-    p->lnfw = memory + 124474368;
-    p->lnfb = memory + 124475136;
+    float **tensors = (float **)p;
+    for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
 /* All memory the model ever uses; 2,196,679,680 bytes and 1,050,240 for each thread. */
@@ -1382,7 +1351,7 @@ static void allocate_model(void) {
     thread_scratch = (float *)allocate_tensors((size_t)num_threads * 1050240);
 }
 
-/* ---- the model ---------------------------------------------------------------------------------------------------------- */
+/* ---- the model --------------------------------------------------------------------------------------------------- */
 
 /* One micro-batch: acts.losses of every token, and the gradients of loss_scale times their sum. The first micro-batch of a
  * step writes the gradients, later ones add to them. */
@@ -1467,42 +1436,17 @@ static void evaluate(const int *tokens, const int *targets, int b, int t, int fi
 }
 
 /* Clips the gradients to a global norm of at most grad_clip and applies AdamW; step counts from 1. Returns the norm before
- * clipping. Weights that are matrices decay, biases and norms do not. */
+ * clipping. */
 static float update(const Settings *s, float learning_rate, int step) {
     const double norm = sqrt(sum_of_squares(grads_memory, PARAMETER_VALUES));
     const float grad_scale = s->grad_clip > 0.0 && norm > s->grad_clip ? (float)(s->grad_clip / norm) : 1.0f;
-    const float beta1 = (float)s->beta1, beta2 = (float)s->beta2, epsilon = (float)s->epsilon;
-    const float decay = (float)s->weight_decay;
-    /* wte, wpe */
-    adamw_update(params.wte, moment1.wte, moment2.wte, grads.wte, 39419904, grad_scale,
-                 learning_rate, decay, beta1, beta2, epsilon, step);
-    /* ln1w, ln1b */
-    adamw_update(params.ln1w, moment1.ln1w, moment2.ln1w, grads.ln1w, 18432, grad_scale,
-                 learning_rate, 0.0f, beta1, beta2, epsilon, step);
-    /* qkvw */
-    adamw_update(params.qkvw, moment1.qkvw, moment2.qkvw, grads.qkvw, 21233664, grad_scale,
-                 learning_rate, decay, beta1, beta2, epsilon, step);
-    /* qkvb */
-    adamw_update(params.qkvb, moment1.qkvb, moment2.qkvb, grads.qkvb, 27648, grad_scale,
-                 learning_rate, 0.0f, beta1, beta2, epsilon, step);
-    /* attprojw */
-    adamw_update(params.attprojw, moment1.attprojw, moment2.attprojw, grads.attprojw, 7077888, grad_scale,
-                 learning_rate, decay, beta1, beta2, epsilon, step);
-    /* attprojb, ln2w, ln2b */
-    adamw_update(params.attprojb, moment1.attprojb, moment2.attprojb, grads.attprojb, 27648, grad_scale,
-                 learning_rate, 0.0f, beta1, beta2, epsilon, step);
-    /* fcw */
-    adamw_update(params.fcw, moment1.fcw, moment2.fcw, grads.fcw, 28311552, grad_scale,
-                 learning_rate, decay, beta1, beta2, epsilon, step);
-    /* fcb */
-    adamw_update(params.fcb, moment1.fcb, moment2.fcb, grads.fcb, 36864, grad_scale,
-                 learning_rate, 0.0f, beta1, beta2, epsilon, step);
-    /* fcprojw */
-    adamw_update(params.fcprojw, moment1.fcprojw, moment2.fcprojw, grads.fcprojw, 28311552, grad_scale,
-                 learning_rate, decay, beta1, beta2, epsilon, step);
-    /* fcprojb, lnfw, lnfb */
-    adamw_update(params.fcprojb, moment1.fcprojb, moment2.fcprojb, grads.fcprojb, 10752, grad_scale,
-                 learning_rate, 0.0f, beta1, beta2, epsilon, step);
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        const TensorRow *row = &parameter_table[i];
+        const size_t at = row->offset, n = row->stride * (size_t)row->layers;
+        adamw_update(params_memory + at, moment1_memory + at, moment2_memory + at, grads_memory + at, n, grad_scale,
+                     learning_rate, row->decays ? (float)s->weight_decay : 0.0f, (float)s->beta1, (float)s->beta2,
+                     (float)s->epsilon, step);
+    }
     return (float)norm;
 }
 
@@ -2065,7 +2009,7 @@ static const Flag flags[] = {
 };
 enum { NUM_FLAGS = sizeof flags / sizeof flags[0] };
 
-static const char version[] = "gpt2-124m, configuration 93c744aa";
+static const char version[] = "gpt2-124m, configuration 72536e43";
 
 static void print_help(void) {
     say("usage: train_gpt2 [flags]\n\nBuilt for %s, in batches of %d x %d tokens.\n\n", version, B, T);
