@@ -3,6 +3,7 @@
 Heavy modules are imported where they are used, so that `llmgen --help` is instant.
 """
 
+import os
 import signal
 import sys
 
@@ -175,15 +176,33 @@ def main():
     except UserError as error:
         fail(1, str(error))
     except click.UsageError as error:
-        where = f"{error.ctx.command_path}: " if error.ctx and error.ctx.parent else ""
-        fail(2, f"{where}{error.format_message()} (--help lists what there is)".replace("\n", " "))
+        fail(2, _usage(error))
     except click.ClickException as error:
         fail(1, error.format_message())
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
-        sys.stdout = None
+        _close_stdout()
         sys.exit(1)
+    except OSError as error:
+        _close_stdout()
+        fail(1, f"{error.filename or 'stdout'}: {error.strerror or error}")
+
+
+def _usage(error: click.UsageError) -> str:
+    """What is wrong with the command line, and what would be right, in one line."""
+    command = error.ctx.command_path if error.ctx and error.ctx.parent else ""
+    if not sys.argv[1:]:
+        return "name a command (--help lists them)"
+    hint = "--help lists what there is"
+    if isinstance(error, click.NoSuchOption) and command.endswith(" run"):
+        hint += "; flags of the program go behind --"
+    return f"{command}: " * bool(command) + f"{error.format_message()} ({hint})".replace("\n", " ")
+
+
+def _close_stdout() -> None:
+    """What it holds cannot be written: without this the interpreter would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(status, message):

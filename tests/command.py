@@ -10,7 +10,7 @@ def llmgen(*words, cwd: Path, env: dict | None = None) -> subprocess.CompletedPr
     """`python -m llmgen WORDS` with its output as text. `env` adds to the environment."""
     command = [sys.executable, "-m", "llmgen", *map(str, words)]
     environment = {**os.environ, **(env or {})}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace", timeout=600)
 
 
 def succeeds(*words, cwd: Path, env: dict | None = None) -> list[str]:
