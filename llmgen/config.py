@@ -24,6 +24,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 TARGETS = ("c", "cuda")
 VOCABULARY_MULTIPLE = 128  # vocabulary rows are padded to a multiple of this
+OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 INT_MAX = 2**31 - 1
 
@@ -91,6 +92,7 @@ class ProgramConfig:
     batch_size: int = 4  # sequences in a training micro-batch
     seq_len: int = 64  # tokens in each of them
     precision: str = "fp32"
+    optimizer: str = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,8 @@ def check(config: Config, target: str, source: str) -> None:
     precisions = {"c": ("fp32",), "cuda": ("bf16", "fp32")}[target]
     if program.precision not in precisions:
         refuse(f'precision = "{program.precision}" is not supported with target {target}; use {_either(precisions)}')
+    if program.optimizer not in OPTIMIZERS:
+        refuse(f'optimizer = "{program.optimizer}" is not known; use {_either(OPTIMIZERS)}')
     if not train.learning_rate >= 0:
         refuse(f"learning_rate = {train.learning_rate} must not be negative")
     if not train.weight_decay >= 0:

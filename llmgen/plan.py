@@ -30,6 +30,7 @@ class Parameter:
     initial_mean: float
     initial_std: float
     valid: int  # values of a layer that are initialised: vocabulary padding stays zero
+    parts: tuple[int, ...]  # Muon: rows of each matrix in a layer; empty for AdamW
 
     @property
     def name(self) -> str:
@@ -135,6 +136,7 @@ class Plan:
     flops: int  # of one forward_backward
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
     reals: tuple[tuple[str, float, str], ...]  # the same for constants that are no integers
+    update_scratch: int  # values that the optimizer needs while forward_backward's activations are free
     tables: tuple[Table, ...]
     fillers: tuple[str, ...]  # calls that fill the tables
     layer_constants: tuple[Tensor, ...]  # numbers that differ from layer to layer
@@ -154,8 +156,9 @@ class Plan:
 
     @property
     def workspace(self) -> int:
-        """Bytes that forward_backward and evaluate share, without scratch: they never run at once."""
-        return max(self.forward_backward.bytes, self.evaluate.bytes)
+        """Bytes that forward_backward, evaluate and update share: they never run at once."""
+        update = aligned(self.update_scratch * 4, ALIGNMENT[self.target])
+        return max(self.forward_backward.bytes, self.evaluate.bytes, update)
 
     @property
     def memory(self) -> Memory:
@@ -240,6 +243,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
     for t in (t for t in _constants(graph) if not t.layers):
         tables.append(Table(t.name, t.shape, offset))
         offset += aligned(t.count.size, alignment // 4)
+    updates = list(graph.function("update").ops())
     plan = Plan(
         config=config,
         target=target,
@@ -255,6 +259,9 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
         reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
+        update_scratch=max(
+            (op.kind.scratch_values(op) for op in graph.function("update").ops() if op.kind is ops.MUON), default=0
+        ),
         tables=tuple(tables),
         fillers=_fillers(graph),
         layer_constants=tuple(t for t in _constants(graph) if t.layers),
@@ -316,7 +323,7 @@ def _sizes(config: Config, evaluation_tokens: int) -> tuple:
 
 
 def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Parameter]:
-    decayed = {op.inputs["param"].name for op in graph.function("update").ops() if op.attrs.get("decay")}
+    updates = {op.inputs["param"].name: op.attrs for op in graph.function("update").ops() if "param" in op.inputs}
     rows: list[Parameter] = []
     offset = file_offset = 0
     for t in graph.parameters:
@@ -330,10 +337,11 @@ def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Param
             stride=stride_values(t.bytes, t.dtype, alignment),
             stride_expr=stride_expr(t.shape, t.dtype, alignment),
             file_offset=file_offset,
-            decay=t.name in decayed,
+            decay=updates[t.name]["decay"],
             initial_mean=mean,
             initial_std=std,
             valid=valid,
+            parts=updates[t.name].get("parts", ()),
         )
         rows.append(row)
         offset += row.stride * row.layers

@@ -149,5 +149,6 @@ def training_step(
             **settings,
         }
         result = op.kind.reference(op, x)
-        parameters[name], moments[0][name], moments[1][name] = result["param"], result["m"], result["v"]
+        for target, key in ((parameters, "param"), (moments[0], "m"), (moments[1], "v")):
+            target[name] = result.get(key, target[name])
     return float(loss), norm

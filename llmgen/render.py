@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 
 from llmgen import families, host, kernels, toolchain
-from llmgen.plan import Call, FunctionPlan, Plan, c_float
+from llmgen.plan import Call, FunctionPlan, Parameter, Plan, c_float
 
 WIDTH = 120  # columns of the generated source
 
@@ -33,6 +33,7 @@ def environment() -> jinja2.Environment:
     env.filters["comment_lines"] = comment_lines
     env.filters["wrap"] = wrap
     env.filters["c_float"] = c_float
+    env.filters["muon_parts"] = muon_parts
     return env
 
 
@@ -105,6 +106,12 @@ def members(rows: list[tuple[str, str]], indent: int = 4) -> str:
     """Lines of `declaration  /* comment */` with the comments in one column."""
     width = max(len(declaration) for declaration, _ in rows)
     return "\n".join(" " * indent + f"{declaration:<{width}}  /* {comment} */" for declaration, comment in rows)
+
+
+def muon_parts(p: Parameter) -> str:
+    """The rows and columns of a parameter's matrices, as a part of its row of the table."""
+    rows = [*p.parts, 0, 0, 0][:3]
+    return f"{{ {rows[0]}, {rows[1]}, {rows[2]} }}, {p.tensor.shape[-1].size}, "
 
 
 def comment_lines(text: str, prefix: str = " * ") -> str:

@@ -202,16 +202,22 @@ def forward(config: Config, name: str, b: Dim, t: Dim, first: Dim | None = None)
 
 
 def update(config: Config) -> Function:
-    """Global norm and AdamW; decay on the tensors of rank 2 or more in each layer."""
+    """Global norm, then AdamW, or Muon for the matrices of the layers; decay on the tensors of rank 2 or more in each layer."""
     built = []
+    s = Sizes.of(config)
     table = parameters(config).values()
     for p in table:
         total = Tensor(f"{p.name}_sum", (), role="scratch")
         built.append(Op(ops.SUM_OF_SQUARES, {"x": gradient_of(p)}, {"total": total}))
     for p in table:
         m, v = (Tensor(f"{p.name}_{x}", p.shape, role="state", layers=p.layers) for x in "mv")
-        inputs = {"param": p, "m": m, "v": v, "grad": gradient_of(p)}
-        built.append(Op(ops.ADAMW, inputs, {"param": p, "m": m, "v": v}, {"decay": len(p.shape) >= 2}))
+        inputs, decay = {"param": p, "m": m, "grad": gradient_of(p)}, len(p.shape) >= 2
+        if config.program.optimizer == "muon" and p.layers and len(p.shape) == 2:
+            kv = s.NKV.size * s.HS.size
+            parts = (s.A.size, kv, kv) if p.name == "qkvw" else (p.shape[0].size,)
+            built.append(Op(ops.MUON, inputs, {"param": p, "m": m}, {"decay": decay, "parts": parts}))
+        else:
+            built.append(Op(ops.ADAMW, {**inputs, "v": v}, {"param": p, "m": m, "v": v}, {"decay": decay}))
     return Function("update", (Segment("update", tuple(built)),))
 
 

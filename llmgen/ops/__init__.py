@@ -12,6 +12,7 @@ from llmgen.ops.cross_entropy import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
 from llmgen.ops.layernorm import LAYERNORM, LAYERNORM_BACKWARD
 from llmgen.ops.linear import LINEAR, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHT, LINEAR_GELU
 from llmgen.ops.multiply import MULTIPLY, SCALE
+from llmgen.ops.muon import MUON
 from llmgen.ops.position_embedding import POSITION_EMBEDDING, POSITION_EMBEDDING_BACKWARD
 from llmgen.ops.qk_norm import QK_NORM, QK_NORM_BACKWARD
 from llmgen.ops.rmsnorm import RMSNORM, RMSNORM_BACKWARD
@@ -39,6 +40,7 @@ __all__ = [
     "LINEAR_BACKWARD_WEIGHT",
     "LINEAR_GELU",
     "MULTIPLY",
+    "MUON",
     "POSITION_EMBEDDING",
     "POSITION_EMBEDDING_BACKWARD",
     "QK_NORM",
