@@ -24,8 +24,7 @@ def options(*decorators):
     return decorate
 
 
-config_options = options(
-    click.option("--config", "source", metavar="C", help="A preset, a TOML file, a HuggingFace folder or a weights file."),
+build_options = options(
     click.option("--target", type=click.Choice(["c", "cuda"]), default="c", show_default=True),
     click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Overrides a field of the config."),
     click.option("--batch-size", type=int, metavar="N", help="Sequences in a training micro-batch."),
@@ -33,6 +32,11 @@ config_options = options(
     click.option("--precision", metavar="P", help="fp32, or with target cuda bf16."),
     click.option("--cpu", default="native", show_default=True, metavar="P", help="Processor profile of the C."),
     click.option("--arch", metavar="A", help="GPU architecture of the .cu."),
+)
+
+config_options = options(
+    click.option("--config", "source", metavar="C", help="A preset, a TOML file, a HuggingFace folder or a weights file."),
+    build_options,
 )
 
 
@@ -74,6 +78,24 @@ def plan(as_json, memory, **choices):
     made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
     threads = program.threads()
     click.echo(json.dumps(made.to_json(threads), indent=1) if as_json else report.plan(made, threads))
+
+
+@cli.command()
+@click.argument("config_a")
+@click.argument("config_b")
+@build_options
+def diff(config_a, config_b, **choices):
+    """What changes from CONFIG_A to CONFIG_B: fields, sizes, parameters, and the generated source.
+
+    --set and the other options change CONFIG_B alone: `llmgen diff gpt2-nano gpt2-nano --set position=rope`.
+    """
+    from llmgen import config, program
+    from llmgen import diff as difference
+
+    where = (choices["target"], choices["cpu"], choices["arch"])
+    a = program.plan(config.load(config_a, target=choices["target"]), *where)
+    b = program.plan(program.config(config_b, **choices), *where)
+    click.echo(difference.diff(a, b, program.threads()))
 
 
 @cli.command()

@@ -259,9 +259,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
         reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
-        update_scratch=max(
-            (op.kind.scratch_values(op) for op in graph.function("update").ops() if op.kind is ops.MUON), default=0
-        ),
+        update_scratch=max((ops.MUON.scratch_values(op) for op in updates if op.kind is ops.MUON), default=0),
         tables=tuple(tables),
         fillers=_fillers(graph),
         layer_constants=tuple(t for t in _constants(graph) if t.layers),

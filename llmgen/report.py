@@ -52,6 +52,7 @@ def plan(plan: Plan, threads: int) -> str:
         ["optimizer", f"{memory.optimizer:,}", size(memory.optimizer)],
         ["activations", f"{memory.activations:,}", size(memory.activations)],
         ["arena", f"{memory.arena:,}", f"{size(memory.arena)} (at least {memory.arena_lower_bound:,} alive at once)"],
+        *([["constants", f"{memory.constants:,}", size(memory.constants)]] if memory.constants else []),
         ["scratch", f"{threads * memory.scratch_per_thread:,}", f"{threads} threads x {memory.scratch_per_thread:,}"],
         ["total", f"{memory.total(threads):,}", size(memory.total(threads))],
     ]
