@@ -102,6 +102,73 @@ def test_many_random_configs_are_right(verified, seed):
     verified(profile, **overrides)
 
 
+def random_switches(seed: int) -> tuple[str, dict]:
+    """A profile, and a combination of the architecture's choices that goes together."""
+    rng = np.random.default_rng(seed)
+
+    def either(*choices):
+        return choices[rng.integers(len(choices))]
+
+    kv_heads, group, layers = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    head_size, position = 2 * int(rng.integers(2, 12)), either("learned", "rope", "rope", "none")
+    norm, mlp, norm_position = either("layernorm", "rmsnorm"), either("plain", "gated"), either("pre", "pre", "sandwich")
+    biased = norm == "layernorm" and norm_position == "pre"
+    norm_weight = either(True, True, False)
+    overrides = {
+        "num_layers": layers,
+        "num_kv_heads": kv_heads,
+        "num_heads": kv_heads * group,
+        "head_size": head_size,
+        "channels": either(kv_heads * group * head_size, int(rng.integers(8, 50))),
+        "mlp_channels": int(rng.integers(8, 80)),
+        "vocab_size": int(rng.integers(20, 300)),
+        "batch_size": int(rng.integers(1, 4)),
+        "seq_len": int(rng.integers(2, 60)),
+        "max_seq_len": 64,
+        "norm": norm,
+        "norm_weight": norm_weight,
+        "norm_bias": biased and norm_weight and either(True, False),
+        "norm_position": norm_position,
+        "norm_epsilon": either(1e-5, 1e-6),
+        "position": position,
+        "rope_theta": either(1e4, 5e5),
+        "rope_fraction": 2 * int(rng.integers(1, head_size // 2 + 1)) / head_size,
+        "rope_scaling": either("none", "llama3"),
+        "rope_original_seq_len": 32,
+        "activation": either("gelu", "gelu_exact", "relu", "relu_squared", "silu"),
+        "mlp": mlp,
+        "mlp_bias": mlp == "plain" and either(True, False),
+        "qkv_bias": either(True, False),
+        "projection_bias": either(True, False),
+        "qk_norm": either(True, False),
+        "qk_norm_weight": either(True, False),
+        "attention_window": either((0,), (5,), (1,), (9, 0)[:layers], (70,)),
+        "attention_softcap": either(0.0, 0.0, 3.0),
+        "attention_scale": either(0.0, 0.4),
+        "tie_embeddings": either(True, False),
+        "logit_softcap": either(0.0, 0.0, 4.0),
+        "embedding_scale": either(1.0, 3.0),
+        "residual_scale": either(1.0, 0.5),
+        "z_loss": either(0.0, 0.0, 1e-2),
+        "label_smoothing": either(0.0, 0.0, 0.1),
+        "optimizer": either("adamw", "adamw", "muon"),
+    }
+    return str(rng.choice(runnable_profiles())), overrides
+
+
+@pytest.mark.parametrize("seed", range(10), ids="seed {}".format)
+def test_random_combinations_of_the_switches_are_right(verified, seed):
+    profile, overrides = random_switches(seed)
+    verified(profile, **overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 210), ids="seed {}".format)
+def test_many_random_combinations_of_the_switches_are_right(verified, seed):
+    profile, overrides = random_switches(seed)
+    verified(profile, **overrides)
+
+
 # programs that are wrong
 
 
@@ -118,7 +185,7 @@ def replace_in_calls(made: plan.Plan, function: str, old: str, new: str) -> plan
 
 
 def without_decay(made: plan.Plan) -> plan.Plan:
-    return dataclasses.replace(made, ranges=tuple(dataclasses.replace(r, decay=False) for r in made.ranges))
+    return dataclasses.replace(made, parameters=tuple(dataclasses.replace(p, decay=False) for p in made.parameters))
 
 
 def takes(old: str, new: str):
