@@ -24,6 +24,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 TARGETS = ("c", "cuda")
 VOCABULARY_MULTIPLE = 128  # vocabulary rows are padded to a multiple of this
+ALWAYS_STATED = ("batch_size", "seq_len", "precision")  # in the generated source, whatever the defaults are
+RECOMPUTES = ("none", "cheap")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 INT_MAX = 2**31 - 1
@@ -92,6 +94,7 @@ class ProgramConfig:
     batch_size: int = 4  # sequences in a training micro-batch
     seq_len: int = 64  # tokens in each of them
     precision: str = "fp32"
+    recompute: str = "none"  # cheap: the backward computes norms and activations again instead of keeping them
     optimizer: str = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
 
 
@@ -133,14 +136,17 @@ class Config:
 
     def stated(self) -> dict:
         """As `to_dict`, without what follows from the family and the defaults of [train]."""
-        usual = {"model": _resolved(self.model, families.DEFAULTS[self.family]), "train": TrainConfig()}
+        model = _resolved(self.model, families.DEFAULTS[self.family])
+        usual = {"model": model, "program": ProgramConfig(), "train": TrainConfig()}
         tables = {"family": self.family}
         for table, kind in TABLES.items():
-            values, default = getattr(self, table), usual.get(table)
+            values, default = getattr(self, table), usual[table]
             tables[table] = {
                 f.name: getattr(values, f.name)
                 for f in dataclasses.fields(kind)
-                if f.default is dataclasses.MISSING or not default or getattr(values, f.name) != getattr(default, f.name)
+                if f.name in ALWAYS_STATED
+                or f.default is dataclasses.MISSING
+                or getattr(values, f.name) != getattr(default, f.name)
             }
         return {key: value for key, value in tables.items() if value}
 
@@ -327,6 +333,8 @@ def check(config: Config, target: str, source: str) -> None:
     precisions = {"c": ("fp32",), "cuda": ("bf16", "fp32")}[target]
     if program.precision not in precisions:
         refuse(f'precision = "{program.precision}" is not supported with target {target}; use {_either(precisions)}')
+    if program.recompute not in RECOMPUTES:
+        refuse(f'recompute = "{program.recompute}" is not known; use {_either(RECOMPUTES)}')
     if program.optimizer not in OPTIMIZERS:
         refuse(f'optimizer = "{program.optimizer}" is not known; use {_either(OPTIMIZERS)}')
     if not train.learning_rate >= 0:

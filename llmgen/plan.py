@@ -220,7 +220,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
     machine = cpu.resolve(profile)
     model, rows = config.model, config.program.batch_size * config.program.seq_len
     chunk = cpu.chunk_rows(rows, model.padded_vocab_size)
-    graph = passes.for_target(models.build(config), target, chunk)
+    graph = passes.for_target(models.build(config), target, chunk, config.program.recompute)
     parameters = _parameter_table(config, graph, alignment)
     planned = {}
     for name in ("forward_backward", "evaluate"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmgen import config, models, ops, passes, reference
+from llmgen import config, models, ops, passes, plan, reference
 from llmgen.passes import fusion
 from llmgen.verify import random_parameters
 
@@ -84,3 +84,23 @@ def test_later_micro_batches_add_to_the_gradients(plain):
     both = reference.run(fused, {**second, **gradients, "micro_batch": 1})
     for name in gradients:
         np.testing.assert_allclose(both[name], one[name] + two[name], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"norm": "rmsnorm", "mlp": "gated", "activation": "silu"}, {"norm_position": "sandwich"}]
+)
+def test_recomputing_what_is_cheap_changes_no_value(extra):
+    graph = models.build(config.load("gpt2-nano", overrides={**SMALL, **extra}))
+    kept, again = (passes.for_target(graph, "c", 5, how).function("forward_backward") for how in ("none", "cheap"))
+    values = values_for(graph, 4)
+    want, got = reference.run(kept, values), reference.run(again, values)
+    assert len(list(again.ops())) > len(list(kept.ops()))
+    for name in ["losses", *("d" + p.name for p in graph.parameters)]:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+def test_recomputing_frees_the_slots_of_norms_and_activations():
+    made = [plan.make(config.load("gpt2-124m", overrides={"recompute": how})) for how in ("none", "cheap")]
+    kept, again = ({b.name for b in p.forward_backward.buffers if b.slots} for p in made)
+    assert kept - again == {"ln1", "ln1_mean", "ln1_rstd", "ln2", "ln2_mean", "ln2_rstd", "gelu"} and again < kept
+    assert made[1].memory.activations < 0.65 * made[0].memory.activations

@@ -1,6 +1,6 @@
 /* train_gpt2.c: trains GPT-2 (12 layers, 12 heads, 768 channels, 50257 tokens) on a CPU, in float32.
  *
- * Written by llmgen from the configuration gpt2-124m (hash a1a08c2c):
+ * Written by llmgen from the configuration gpt2-124m (hash 72536e43):
  *
  *   family = "gpt2"
  *
@@ -15,7 +15,6 @@
  *   batch_size = 4
  *   seq_len = 64
  *   precision = "fp32"
- *   optimizer = "adamw"
  *
  * It is yours, free of any condition. It needs a C compiler and the C library, nothing else.
  * Compile:  gcc -O3 -std=gnu11 -march=x86-64-v3 -fopenmp train_gpt2.c -lm -o train_gpt2
@@ -2010,7 +2009,7 @@ static const Flag flags[] = {
 };
 enum { NUM_FLAGS = sizeof flags / sizeof flags[0] };
 
-static const char version[] = "gpt2-124m, configuration a1a08c2c";
+static const char version[] = "gpt2-124m, configuration 72536e43";
 
 static void print_help(void) {
     say("usage: train_gpt2 [flags]\n\nBuilt for %s, in batches of %d x %d tokens.\n\n", version, B, T);
