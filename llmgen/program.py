@@ -19,7 +19,7 @@ GPT2_VOCABULARY = 50257
 BUILTIN_TRAINING = {
     "--steps -x": "3000",
     "--shuffle": "1",
-    "--warmup-steps -u": "100",
+    "--warmup-steps -u": "400",
     "--final-lr-fraction -q": "0.1",
     "--val-every -v": "500",
     "--val-steps -m": "100",
