@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmgen import models, reference
+from llmgen import models, reference, runner
 from llmgen.config import Config
 from llmgen.errors import UserError
 from llmgen.formats import debug_state, tokens, weights
@@ -171,7 +171,9 @@ def _compare_steps(config, graph, parameters, text, lines, settings) -> Row:
 
 
 def _run(program: Path, folder: Path, arguments: list[str]) -> None:
-    result = subprocess.run([program.resolve(), *arguments], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        [program.resolve(), *arguments], cwd=folder, env=runner.environment(), capture_output=True, text=True
+    )
     if result.returncode:
         reason = result.stderr.strip().splitlines()
         raise UserError(f"{program}: exit status {result.returncode}: {reason[-1] if reason else 'no message'}")

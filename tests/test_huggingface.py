@@ -89,7 +89,7 @@ def test_a_folder_becomes_weights_with_linear_layers_transposed_and_rows_padded(
     tensors = hf_tensors(prefix=prefix)
     source = save(tmp_path / "hf", tensors)
     made = huggingface.export_weights(str(source), tmp_path / "w.bin")
-    assert made.model == MODEL
+    assert made.model == CONFIG.model
     check_weights(tmp_path / "w.bin", tensors, prefix)
     assert (tmp_path / "w.bin").stat().st_size == weights.file_bytes(SHAPES)
 
@@ -225,13 +225,13 @@ def test_what_computes_the_same_is_accepted_and_dropout_is_ignored_with_a_line(t
 
 def test_a_huggingface_folder_is_a_config(tmp_path, capsys):
     source = save(tmp_path / "hf", hf_tensors(), attn_pdrop=0.1)
-    assert config.load(str(source)).model == MODEL
+    assert config.load(str(source)).model == CONFIG.model
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_weights_file_is_a_config(tmp_path):
     huggingface.export_weights(str(save(tmp_path / "hf", hf_tensors())), tmp_path / "w.bin")
-    assert config.load(str(tmp_path / "w.bin")).model == MODEL
+    assert config.load(str(tmp_path / "w.bin")).model == CONFIG.model
     os.truncate(tmp_path / "w.bin", 2000)
     with pytest.raises(UserError, match="is 2000 bytes, expected"):
         config.load(str(tmp_path / "w.bin"))

@@ -116,3 +116,14 @@ def test_a_program_that_is_not_there_or_crashes_is_one_line(tmp_path, program):
     program.write_text("#!/bin/sh\nkill -KILL $$\n")
     with pytest.raises(UserError, match="memory"):
         runner.run(program, [])
+
+
+def test_waiting_threads_spin_briefly_unless_the_user_says_how_they_wait(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert runner.environment()["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    assert runner.environment()["GOMP_SPINCOUNT"] == "5"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in runner.environment()
