@@ -135,7 +135,7 @@ def export_weights(
     stored = open_safetensors(shards)
     _check_tensors(source, stored, config, shapes)
     _check_head(source, stored)
-    weights.write(out, config.model, shapes, _converted(stored, config.model, shapes), dtype)
+    weights.write(out, config, shapes, _converted(stored, config.model, shapes), dtype)
     return config
 
 
@@ -191,7 +191,7 @@ _SAVE_HINT = "load it where you trust it and save it with save_pretrained(folder
 
 def _is_ours(path: Path) -> bool:
     with files.reading(path) as file:
-        return file.read(4) == files.header(weights.MAGIC)[:4]
+        return file.read(4) in [files.header(files.MAGIC[kind])[:4] for kind in (weights.LLMC, weights.OWN)]
 
 
 def _files_of_folder(source: str, get: Callable[[str], Path | None]) -> list[Path]:

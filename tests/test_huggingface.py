@@ -265,7 +265,7 @@ def test_a_source_that_is_none_gives_one_line(tmp_path, monkeypatch, name, words
     Path("bad.safetensors").write_bytes(b"\xff" * 100)
     Path("config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
     tensors = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
-    weights.write("w.bin", MODEL, SHAPES, tensors.items())
+    weights.write("w.bin", CONFIG, SHAPES, tensors.items())
     assert words in refusal(name, "out.bin")
     assert not Path("out.bin").exists()
 
