@@ -61,8 +61,6 @@ def mathematics(model: ModelConfig) -> dict:
     window = model.attention_window
     pattern = tuple(window[layer % len(window)] for layer in range(model.num_layers))
     fields["attention_window"] = pattern if any(pattern) else (0,)
-        tuple(window[layer % len(window)] for layer in range(model.num_layers)) if any(window) else (0,)
-    )
     scaled = ("rope_factor", "rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_seq_len")
     without_effect = {
         "max_seq_len": model.position != "learned",
