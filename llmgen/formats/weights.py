@@ -57,7 +57,7 @@ def mathematics(model: ModelConfig) -> dict:
     those of training alone, are not there. Two models compute the same from the same tensors if these are equal."""
     model = configs.filled(model)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in OF_TRAINING}
-    fields["attention_scale"] = model.attention_scale or 1 / math.sqrt(model.head_size)
+    fields["attention_scale"] = float(f"{model.attention_scale or 1 / math.sqrt(model.head_size):.12g}")
     window = model.attention_window
     pattern = tuple(window[layer % len(window)] for layer in range(model.num_layers))
     fields["attention_window"] = pattern if any(pattern) else (0,)
