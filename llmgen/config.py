@@ -191,12 +191,10 @@ def table_of(key: str) -> str:
 
 def presets() -> list[str]:
     """Names of the presets, smallest model first."""
+    from llmgen import models
+
     names = [f.name.removesuffix(".toml") for f in resources.files("llmgen.configs").iterdir() if f.name.endswith(".toml")]
-    return sorted(names, key=lambda name: _size_key(load(name).model))
-
-
-def _size_key(model: ModelConfig) -> int:
-    return model.num_layers * model.channels**2 * 12 + model.vocab_size * model.channels
+    return sorted(names, key=lambda name: models.count(load(name)))
 
 
 def load(source: str | None, *, target: str = "c", overrides: dict | None = None) -> Config:

@@ -3,7 +3,6 @@
 Models are small and random throughout: with norms at 1 and biases at 0, as initialised, a mistake in them would go unseen.
 """
 
-import json
 import math
 from pathlib import Path
 
