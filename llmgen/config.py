@@ -156,7 +156,7 @@ class Config:
         lines = [f'family = "{self.family}"']
         for table in (table for table in TABLES if table in tables):
             lines += ["", f"[{table}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in tables[table].items()]
+            lines += [f"{key} = {toml_value(value)}" for key, value in tables[table].items()]
         return "\n".join(lines) + "\n"
 
     @property
@@ -191,12 +191,10 @@ def table_of(key: str) -> str:
 
 def presets() -> list[str]:
     """Names of the presets, smallest model first."""
+    from llmgen import models
+
     names = [f.name.removesuffix(".toml") for f in resources.files("llmgen.configs").iterdir() if f.name.endswith(".toml")]
-    return sorted(names, key=lambda name: _size_key(load(name).model))
-
-
-def _size_key(model: ModelConfig) -> int:
-    return model.num_layers * model.channels**2 * 12 + model.vocab_size * model.channels
+    return sorted(names, key=lambda name: models.count(load(name)))
 
 
 def load(source: str | None, *, target: str = "c", overrides: dict | None = None) -> Config:
@@ -263,14 +261,14 @@ def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides:
             elif f.default is dataclasses.MISSING:
                 raise UserError(f"{source}: [{table}] lacks '{f.name}'")
         tables[table] = kind(**values[table])
-    tables["model"] = _filled(tables["model"])
+    tables["model"] = filled(tables["model"])
     config = Config(name, family, **tables)
     check(config, target, source)
     plain = from_tables(name, raw, source, target) if overrides else config
     return config if config == plain else dataclasses.replace(config, name=f"{name}-{config.hash}")
 
 
-def _filled(model: ModelConfig) -> ModelConfig:
+def filled(model: ModelConfig) -> ModelConfig:
     """With the sizes that follow from others."""
     if min(model.num_heads, model.channels) < 1:
         return model  # refused by check
@@ -285,7 +283,7 @@ def _filled(model: ModelConfig) -> ModelConfig:
 def _resolved(model: ModelConfig, defaults: dict) -> ModelConfig:
     """The model of the same required sizes with nothing said beside a family's defaults."""
     sizes = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING}
-    return _filled(ModelConfig(**sizes, **defaults))
+    return filled(ModelConfig(**sizes, **defaults))
 
 
 def check(config: Config, target: str, source: str) -> None:
@@ -470,7 +468,7 @@ def _typed(f: dataclasses.Field, value, where: str):
     return value
 
 
-def _toml_value(value) -> str:
+def toml_value(value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value)

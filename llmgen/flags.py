@@ -53,6 +53,8 @@ FLAGS = (
     Flag("val-steps", "m", "integer", "N", "batches in a validation, always the same ones"),
     Flag("sample-every", "s", "integer", "N", "print a sample every N steps and at the last; 0 is never"),
     Flag("sample-length", "g", "integer", "N", "tokens in a sample"),
+    Flag("prompt-tokens", "", "text", "FILE", "token ids, as numbers with spaces between, that samples go on from"),
+    Flag("temperature", "", "real", "X", "of samples; 0 takes the most probable token", default=1.0),
     Flag("shuffle", "", "switch", "0|1", "take the training data in an order of its own each epoch, by --seed"),
     Flag("seed", "", "integer", "N", "of the first weights, the samples and the shuffling"),
     Flag("debug-state", "", "text", "FILE", "write logits, loss and gradients of the first step here; train nothing"),

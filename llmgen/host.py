@@ -2,7 +2,7 @@
 
 import json
 
-from llmgen import flags
+from llmgen import flags, models
 from llmgen.config import Config
 from llmgen.formats import debug_state, files, tokenizer, tokens, weights
 
@@ -22,6 +22,8 @@ _SIZES = {
 def context(config: Config) -> dict:
     """Template variables for one config. Raises UserError where a default does not fit its flag."""
     table = flags.program_flags(config)
+    shapes = models.parameter_shapes(config)
+    layout = weights.layout(config.model)
     return {
         "program": f"train_{config.family}",
         "version": json.dumps(f"{config.name}, configuration {config.hash}"),  # as a C string
@@ -30,9 +32,17 @@ def context(config: Config) -> dict:
         "flag_rows": flags.c_rows(table),
         "vocabulary_is_bytes": config.model.vocab_size == BYTE_VOCABULARY,
         "magic": files.MAGIC,
+        "llmc_weights": layout == weights.LLMC,
         "weights_versions": weights.VERSIONS,
+        "weights_own_version": weights.OWN_VERSION,
+        "weights_text": [
+            f"{{ {json.dumps(key)}, {json.dumps(value)}, {int(fixed)} }},"
+            for key, value, fixed in weights.described(config, shapes, config.program.precision)
+        ],
+        "weights_text_bytes": weights.described_bytes(config, shapes),
+        "weights_text_limit": weights.TEXT_LIMIT,
         "weights_header": flags.wrapped([f'{{ "{name}", {_SIZES[name]} }},' for name in weights.HEADER_FIELDS]),
         "token_versions": {kind: version for kind, (version, _) in tokens.LAYOUTS.items()},
         "tokenizer_1": tokenizer.VERSION_1,
-        "debug_state_version": debug_state.VERSION,
+        "debug_state_version": debug_state.VERSIONS[layout],
     }

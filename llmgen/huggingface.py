@@ -1,12 +1,12 @@
-"""HuggingFace models (GPT2LMHeadModel) to our weights and back.
+"""HuggingFace models to our weights and back; `llmgen.architectures` knows their configs and names.
 
 - A source is a folder (config.json, model.safetensors or its shards), a `.safetensors` file, or a hub id. An existing
   path wins; a name that begins with `/` or `.` never goes to the hub. `HF_ENDPOINT` and the hub's cache are honoured.
 - Pickles are never opened. Every tensor is expected by name and shape; anything else is refused by name.
 - Tensors stream through, one at a time and large ones in blocks: memory does not grow with the model's depth.
-- GPT-2 there stores a linear layer's weight as (in, out); here it is (out, in). The head is the token embedding.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -17,59 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
-from llmgen.config import Config, ModelConfig, ProgramConfig, from_tables
+from llmgen import architectures, models
+from llmgen.architectures import Architecture, Part
+from llmgen.config import Config, ModelConfig, from_tables
 from llmgen.errors import UserError
 from llmgen.formats import debug_state, files, weights
 
-PREFIX = "transformer."
 HEAD = "lm_head.weight"
 BLOCK = 1 << 22  # values of a large tensor read at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # of safetensors; bf16 as its bits
-
-# Our name -> theirs; {} is the layer.
-NAMES = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "ln1w": "h.{}.ln_1.weight",
-    "ln1b": "h.{}.ln_1.bias",
-    "qkvw": "h.{}.attn.c_attn.weight",
-    "qkvb": "h.{}.attn.c_attn.bias",
-    "attprojw": "h.{}.attn.c_proj.weight",
-    "attprojb": "h.{}.attn.c_proj.bias",
-    "ln2w": "h.{}.ln_2.weight",
-    "ln2b": "h.{}.ln_2.bias",
-    "fcw": "h.{}.mlp.c_fc.weight",
-    "fcb": "h.{}.mlp.c_fc.bias",
-    "fcprojw": "h.{}.mlp.c_proj.weight",
-    "fcprojb": "h.{}.mlp.c_proj.bias",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
-}
-TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old files hold
-
-# What config.json must say: every value that computes the same as ours; the first is the default.
-EXPRESSIBLE = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-    "quantization_config": (None,),
-}
-SIZES = {  # our field -> theirs
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "channels": "n_embd",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "n_positions",
-}
-DEFAULT_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+# Causal masks and rotary frequencies that old files hold.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def config_tables(source: str | os.PathLike, note: Callable[[str], None] | None = None) -> dict:
@@ -77,38 +38,12 @@ def config_tables(source: str | os.PathLike, note: Callable[[str], None] | None 
 
     note: called with a line for what is ignored. Raises UserError for a config that cannot be expressed.
     """
-    path = Path(source)
+    return _read_config(Path(source), note)[1]
+
+
+def _read_config(path: Path, note: Callable[[str], None] | None) -> tuple[Architecture, dict]:
     path = path / "config.json" if path.is_dir() else path
-    given = _read_json(path)
-
-    def refuse(key: str, value, wanted: str):
-        raise UserError(f"{path}: {key} = {json.dumps(value)} cannot be expressed; only {wanted} can")
-
-    if given.get("model_type", "gpt2") != "gpt2":
-        refuse("model_type", given["model_type"], '"gpt2"')
-    for architecture in given.get("architectures") or ["GPT2LMHeadModel"]:
-        if architecture not in ("GPT2LMHeadModel", "GPT2Model"):
-            refuse("architectures", given["architectures"], '["GPT2LMHeadModel"]')
-    if "model_type" not in given and "architectures" not in given:
-        raise UserError(f"{path}: names neither model_type nor architectures; it is not a model's config.json")
-    for key, values in EXPRESSIBLE.items():
-        if given.get(key, values[0]) not in values:
-            refuse(key, given[key], " or ".join(json.dumps(value) for value in values))
-    model = {}
-    for name, theirs in SIZES.items():
-        model[name] = given.get(theirs, DEFAULT_SIZES[theirs])
-        if type(model[name]) is not int or model[name] < 1:
-            refuse(theirs, model[name], "a positive whole number")
-    if given.get("n_inner") not in (None, 4 * model["channels"]):
-        refuse("n_inner", given["n_inner"], f"4 * n_embd = {4 * model['channels']}")
-    dropouts = [f"{key} = {given[key]}" for key in DROPOUTS if given.get(key)]
-    if note and dropouts:
-        note(f"{path}: dropout is ignored ({', '.join(dropouts)}); llmgen trains without")
-    return {
-        "family": "gpt2",
-        "model": model,
-        "program": {"seq_len": min(ProgramConfig.seq_len, model["max_seq_len"])},
-    }
+    return architectures.read(_read_json(path), path, note)
 
 
 def export_weights(
@@ -129,13 +64,17 @@ def export_weights(
     if config is None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{source}: there is no config.json beside it; put it there or name one with --config")
-        tables = config_tables(folder / "config.json", note)
+        architecture, tables = _read_config(folder / "config.json", note)
         config = from_tables(Path(source).resolve().name.removesuffix(".safetensors"), tables, str(folder / "config.json"))
-    shapes = _shapes(config)
-    stored = open_safetensors(shards)
-    _check_tensors(source, stored, config, shapes)
-    _check_head(source, stored)
-    weights.write(out, config.model, shapes, _converted(stored, config.model, shapes), dtype)
+    else:
+        architecture = architectures.of(config, config.name)
+    shapes = models.parameter_shapes(config)
+    parts = architectures.parts(architecture, config.model, shapes)
+    stored = open_safetensors(shards, architecture.prefix)
+    _check_tensors(source, stored, architecture, parts)
+    if config.model.tie_embeddings:
+        _check_head(source, stored, stored[architecture.tensors["wte"][0]])
+    weights.write(out, config, shapes, _converted(stored, architecture, parts), dtype)
     return config
 
 
@@ -147,21 +86,24 @@ def import_weights(file: str | os.PathLike, out: str | os.PathLike, state: str |
     Raises UserError.
     """
     config = from_tables(Path(file).stem, weights.config_tables(file), os.fspath(file))
-    shapes = _shapes(config)
+    architecture = architectures.of(config, os.fspath(file))
+    shapes = models.parameter_shapes(config)
+    parts = architectures.parts(architecture, config.model, shapes)
     tensors = weights.read(file, shapes)
     gradients = debug_state.read(state, config.model.vocab_size, shapes).gradients if state is not None else None
     with files.folder(out) as folder, files.replacing_all() as open_output:
         written = {
-            "config.json": _to_json(_config_json(config.model, tensors.dtype)),
+            "config.json": _to_json(_config_json(architecture, config.model, tensors.dtype)),
             "generation_config.json": _to_json({"_from_model_config": True, **_special_ids(config.model)}),
         }
         for name, data in written.items():
             open_output(folder / name).write(data)
-        _write_safetensors(open_output(folder / SINGLE), config.model, tensors)
+        _write_safetensors(open_output(folder / SINGLE), architecture, parts, tensors)
         names = [*written, SINGLE]
         if gradients is not None:
             names.append("gradients.safetensors")
-            _write_safetensors(open_output(folder / names[-1]), config.model, gradients)
+            plain = dataclasses.replace(architecture, norm_offset=0.0)
+            _write_safetensors(open_output(folder / names[-1]), plain, parts, gradients)
         return [folder / name for name in names]
 
 
@@ -191,7 +133,7 @@ _SAVE_HINT = "load it where you trust it and save it with save_pretrained(folder
 
 def _is_ours(path: Path) -> bool:
     with files.reading(path) as file:
-        return file.read(4) == files.header(weights.MAGIC)[:4]
+        return file.read(4) in [files.header(files.MAGIC[kind])[:4] for kind in (weights.LLMC, weights.OWN)]
 
 
 def _files_of_folder(source: str, get: Callable[[str], Path | None]) -> list[Path]:
@@ -288,7 +230,7 @@ class Stored:
         return weights.bf16_to_fp32(values) if self.dtype == "BF16" else values
 
 
-def open_safetensors(paths: list[Path]) -> dict[str, Stored]:
+def open_safetensors(paths: list[Path], prefix: str) -> dict[str, Stored]:
     """The tensors of these files by name, without the prefix. The library checks each header. Raises UserError."""
     import safetensors
 
@@ -306,10 +248,10 @@ def open_safetensors(paths: list[Path]) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if entry["dtype"] not in DTYPES and not BUFFERS.fullmatch(name.removeprefix(PREFIX)):
+            if entry["dtype"] not in DTYPES and not BUFFERS.fullmatch(name.removeprefix(prefix)):
                 known = ", ".join(DTYPES)
                 raise UserError(f"{path}: tensor {name} has type {entry['dtype']}; only {known} can be converted")
-            key = name.removeprefix(PREFIX)
+            key = name.removeprefix(prefix)
             if key in tensors:
                 raise UserError(f"{path}: tensor {name} is there twice (as {tensors[key].name} in {tensors[key].path})")
             offset = 8 + length + entry["data_offsets"][0]
@@ -317,73 +259,59 @@ def open_safetensors(paths: list[Path]) -> dict[str, Stored]:
     return tensors
 
 
-def _write_safetensors(output: files.Output, model: ModelConfig, tensors: weights.Tensors) -> None:
+def _write_safetensors(
+    output: files.Output, architecture: Architecture, parts: Mapping[str, Part], tensors: weights.Tensors
+) -> None:
     """All tensors under their names there, in the precision of `tensors`, one layer's tensor at a time."""
     dtype = {"fp32": "F32", "bf16": "BF16"}[tensors.dtype]
     item = np.dtype(DTYPES[dtype]).itemsize
     header, at = {"__metadata__": {"format": "pt"}}, 0
-    expected = _expected(model, tensors.shapes)
-    for theirs, (_, _, shape) in expected.items():
-        end = at + math.prod(shape) * item
-        header[PREFIX + theirs] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+    for theirs, part in parts.items():
+        end = at + math.prod(part.shape) * item
+        name = theirs if theirs == HEAD else architecture.prefix + theirs
+        header[name] = {"dtype": dtype, "shape": part.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     output.write(len(text).to_bytes(8, "little") + text)
-    for name, layer, shape in expected.values():
-        count = math.prod(shape)
-        first = layer * math.prod(tensors.shapes[name][1:])  # 0 for tensors without layers
-        if name in TRANSPOSED:
-            output.write(np.ascontiguousarray(tensors.stored(name, first, count).reshape(shape[::-1]).T))
+    for part in parts.values():
+        count, offset = math.prod(part.shape), architecture.offset(part.name)
+        if part.name in architecture.transposed:
+            output.write(np.ascontiguousarray(tensors.stored(part.name, part.start, count).reshape(part.shape[::-1]).T))
             continue
         for start in range(0, count, BLOCK):
-            output.write(tensors.stored(name, first + start, min(BLOCK, count - start)))
+            values = tensors.stored(part.name, part.start + start, min(BLOCK, count - start))
+            output.write(_shifted(values, -offset, tensors.dtype) if offset else values)
 
 
-# Names and shapes.
+def _shifted(values: np.ndarray, offset: float, dtype: str) -> np.ndarray:
+    """Stored values plus a number, stored alike."""
+    if dtype == "fp32":
+        return values + np.float32(offset)
+    return weights.fp32_to_bf16(weights.bf16_to_fp32(values) + np.float32(offset))
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    from llmgen import models
-
-    shapes = models.parameter_shapes(config)
-    unknown = [name for name in shapes if name not in NAMES]
-    if unknown:
-        raise UserError(f"parameter {unknown[0]} has no name in a HuggingFace GPT-2")
-    return shapes
+# Tensors.
 
 
-def _expected(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-    """Their name -> our name, layer, their shape; in our order."""
-    expected = {}
-    for name, shape in shapes.items():
-        layers = shape[0] if "{}" in NAMES[name] else 1
-        each = shape[1:] if "{}" in NAMES[name] else shape
-        each = (model.vocab_size, *each[1:]) if name == "wte" else each
-        each = each[::-1] if name in TRANSPOSED else each
-        for layer in range(layers):
-            expected[NAMES[name].format(layer)] = (name, layer, each)
-    return expected
-
-
-def _check_tensors(source: str, stored: dict[str, Stored], config: Config, shapes) -> None:
-    expected = _expected(config.model, shapes)
+def _check_tensors(source: str, stored: dict[str, Stored], architecture: Architecture, parts: Mapping[str, Part]) -> None:
     for name in stored:
-        if name not in expected and name != HEAD and not BUFFERS.fullmatch(name):
-            raise UserError(f"{source}: tensor {stored[name].name} is not part of this GPT-2; does its config.json fit?")
-    for name, (_, _, shape) in expected.items():
+        if name not in parts and name != HEAD and not BUFFERS.fullmatch(name):
+            theirs = stored[name].name
+            raise UserError(f"{source}: tensor {theirs} is not part of this {architecture.name}; does its config.json fit?")
+    for name, part in parts.items():
         if name not in stored:
             raise UserError(f"{source}: tensor {name} is missing; does its config.json fit?")
-        if stored[name].shape != shape:
+        if stored[name].shape != part.shape:
             raise UserError(
-                f"{source}: tensor {stored[name].name} has shape {stored[name].shape}, expected {shape}; "
+                f"{source}: tensor {stored[name].name} has shape {stored[name].shape}, expected {part.shape}; "
                 "does its config.json fit?"
             )
 
 
-def _check_head(source: str, stored: dict[str, Stored]) -> None:
-    """The head, where the file holds it, must be the token embedding."""
-    head, embedding = stored.get(HEAD), stored["wte.weight"]
+def _check_head(source: str, stored: dict[str, Stored], embedding: Stored) -> None:
+    """The head, where the file holds it though it is tied, must be the token embedding."""
+    head = stored.get(HEAD)
     if head is None:
         return
     same = head.shape == embedding.shape
@@ -392,42 +320,40 @@ def _check_head(source: str, stored: dict[str, Stored]) -> None:
         part = min(BLOCK, count - start)
         same = same and np.array_equal(head.read(start, part), embedding.read(start, part), equal_nan=True)
     if not same:
-        raise UserError(f"{source}: {head.name} differs from {embedding.name}; only a tied head can be expressed")
+        raise UserError(
+            f"{source}: {head.name} differs from {embedding.name}, though the config ties them; "
+            "say tie_word_embeddings = false in config.json to keep both"
+        )
 
 
-def _converted(stored: dict[str, Stored], model: ModelConfig, shapes) -> Iterator[tuple[str, np.ndarray]]:
+def _converted(
+    stored: dict[str, Stored], architecture: Architecture, parts: Mapping[str, Part]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(our name, values) in our order: the layers of a tensor one after the other, large ones in blocks."""
-    for theirs, (name, _, shape) in _expected(model, shapes).items():
-        count = math.prod(shape)
-        if name in TRANSPOSED:
-            yield name, stored[theirs].read(0, count).reshape(shape).T
+    for theirs, part in parts.items():
+        count, offset = math.prod(part.shape), np.float32(architecture.offset(part.name))
+        if part.name in architecture.transposed:
+            yield part.name, stored[theirs].read(0, count).reshape(part.shape).T
             continue
         for start in range(0, count, BLOCK):
-            yield name, stored[theirs].read(start, min(BLOCK, count - start))
-        if name == "wte":
-            yield name, np.zeros(math.prod(shapes[name]) - count, np.float32)
+            values = stored[theirs].read(start, min(BLOCK, count - start))
+            yield part.name, values.astype(np.float32, copy=False) + offset if offset else values
+        if part.rest:
+            yield part.name, np.zeros(part.rest, np.float32)
 
 
 # JSON.
 
 
-def _config_json(model: ModelConfig, dtype: str) -> dict:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **{theirs: getattr(model, name) for name, theirs in SIZES.items()},
-        "n_inner": None,
-        **{key: values[0] for key, values in EXPRESSIBLE.items() if values[0] is not None},
-        **dict.fromkeys(DROPOUTS, 0.0),
-        **_special_ids(model),
-        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
-    }
+def _config_json(architecture: Architecture, model: ModelConfig, dtype: str) -> dict:
+    dtypes = {"fp32": "float32", "bf16": "bfloat16"}
+    return {**architectures.write(architecture, model), **_special_ids(model), "torch_dtype": dtypes[dtype]}
 
 
 def _special_ids(model: ModelConfig) -> dict:
     """End-of-text of the two vocabularies that we know by their size. (Their default is GPT-2's, whatever the size.)"""
     end_of_text = model.vocab_size - 1 if model.vocab_size in (257, 50257) else None
-    return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": None}
 
 
 def _to_json(value: dict) -> bytes:

@@ -234,7 +234,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         channels=model.channels,
         head_size=model.head_size,
         seq_len=config.program.seq_len,
-        max_seq_len=model.max_seq_len,
+        max_seq_len=min(model.max_seq_len, evaluation_tokens),
         rows=rows,
         padded_vocab_size=model.padded_vocab_size,
     )

@@ -114,7 +114,7 @@ def verify(config: Config, build: Callable[[Config, Path], Path], say: Callable[
     with tempfile.TemporaryDirectory(prefix="llmgen-verify-") as folder:
         folder = Path(folder)
         program = build(config, folder)
-        weights.write(folder / "model.bin", config.model, shapes, parameters.items())
+        weights.write(folder / "model.bin", config, shapes, parameters.items())
         tokens.write(folder / "train.bin", text, config.model.vocab_size)
         inputs = ["--load", "model.bin", "--train-data", "train.bin"]
         _run(program, folder, [*inputs, "--debug-state", "state.bin"])

@@ -1,6 +1,6 @@
 import pytest
 
-from llmgen import config
+from llmgen import config, models
 from llmgen.errors import UserError
 
 
@@ -11,15 +11,41 @@ def refused(**overrides) -> str:
     return str(error.value)
 
 
-def test_the_presets_are_the_published_sizes_of_gpt2():
-    sizes = {name: (c.num_layers, c.num_heads, c.channels) for name in config.presets() for c in [config.load(name).model]}
-    assert sizes == {
-        "gpt2-nano": (4, 4, 128),
-        "gpt2-124m": (12, 12, 768),
-        "gpt2-355m": (24, 16, 1024),
-        "gpt2-774m": (36, 20, 1280),
-        "gpt2-1558m": (48, 25, 1600),
-    }
+PUBLISHED = {  # parameters, as model cards or papers give them
+    "gpt2-nano": None,
+    "gpt2-124m": 124_439_808,
+    "gpt2-355m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1558m": 1_557_611_200,
+    "gpt3-125m": 125e6,
+    "gpt3-350m": 356e6,
+    "gpt3-760m": 760e6,
+    "gpt3-1.3b": 1.3e9,
+    "gpt3-2.7b": 2.65e9,
+    "gpt3-6.7b": 6.7e9,
+    "smollm2-135m": 134_515_008,
+    "speedrun-124m": 124_439_808 + 50257 * 768,  # a head of its own
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "gemma-2b": 2_506_172_416,
+    "mistral-7b": 7_241_732_096,
+    "llama-3.1-8b": 8_030_261_248,
+}
+
+
+def test_the_presets_have_the_published_numbers_of_parameters():
+    assert set(config.presets()) == set(PUBLISHED)
+    for name, published in PUBLISHED.items():
+        if published:  # a float is rounded
+            rounded = isinstance(published, float) or name == "speedrun-124m"
+            assert models.count(config.load(name)) == pytest.approx(published, rel=0.02 if rounded else 0), name
+
+
+def test_presets_are_listed_smallest_first():
+    counts = [models.count(config.load(name)) for name in config.presets()]
+    assert counts == sorted(counts)
 
 
 def test_program_tables_of_a_target_override_the_shared_one():
@@ -98,7 +124,7 @@ def test_a_faulty_file_is_refused_by_name(tmp_path, text, words):
 
 def test_what_does_not_exist_is_named_with_the_nearest_preset():
     with pytest.raises(UserError, match="did you mean 'gpt2-124m'"):
-        config.load("gpt2-125m")
+        config.load("gpt2-12m")
     with pytest.raises(UserError, match="no such file"):
         config.load("missing.toml")
 

@@ -1,5 +1,6 @@
 """The binary files: layouts at fixed offsets, round trips, one line for every corruption, nothing half written."""
 
+import dataclasses
 import os
 import resource
 import struct
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmgen.config import ModelConfig
+from llmgen import config as configs
+from llmgen import models
+from llmgen.config import Config, ModelConfig
 from llmgen.errors import UserError
 from llmgen.formats import debug_state, files, tokenizer, tokens, weights
 
@@ -44,6 +47,7 @@ def gpt2_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 SHAPES = gpt2_shapes(NANO)
+CONFIG = Config("nano", "gpt2", NANO)
 
 
 def random_tensors(shapes, seed=0):
@@ -53,7 +57,7 @@ def random_tensors(shapes, seed=0):
 
 def write_nano(path, dtype="fp32"):
     tensors = random_tensors(SHAPES)
-    weights.write(path, NANO, SHAPES, tensors.items(), dtype)
+    weights.write(path, CONFIG, SHAPES, tensors.items(), dtype)
     return tensors
 
 
@@ -114,7 +118,7 @@ def test_bf16_weights_come_back_rounded(tmp_path):
 
 def test_a_tensor_may_be_written_in_pieces(tmp_path):
     tensors = random_tensors(SHAPES)
-    weights.write(tmp_path / "w.bin", NANO, SHAPES, ((name, row) for name, t in tensors.items() for row in t))
+    weights.write(tmp_path / "w.bin", CONFIG, SHAPES, ((name, row) for name, t in tensors.items() for row in t))
     for name, tensor in weights.read(tmp_path / "w.bin", SHAPES).items():
         np.testing.assert_array_equal(tensor, tensors[name])
 
@@ -132,7 +136,7 @@ def test_a_tensor_may_be_written_in_pieces(tmp_path):
 )
 def test_tensors_that_are_not_those_of_the_table_are_refused(tmp_path, damage):
     with pytest.raises(ValueError):
-        weights.write(tmp_path / "w.bin", NANO, SHAPES, damage(list(random_tensors(SHAPES).items())))
+        weights.write(tmp_path / "w.bin", CONFIG, SHAPES, damage(list(random_tensors(SHAPES).items())))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,7 +163,7 @@ def test_bf16_values_survive_the_way_through_fp32(bits):
 @pytest.mark.parametrize(
     "at, value, words",
     [
-        (0, 7, "magic number 7, expected 20240326 (weights)"),
+        (0, 7, "magic number 7, expected 20240326 (weights) or 20261101 (described weights)"),
         (0, 20240520, "magic number 20240520 (uint16 tokens), expected 20240326 (weights)"),
         (1, 1, "weights version 1, expected 3 (fp32) or 5 (bf16)"),
         (2, 0, "max_seq_len = 0"),
@@ -194,6 +198,99 @@ def test_a_missing_file_and_a_folder_give_one_line(tmp_path):
         weights.read(tmp_path / "none.bin", SHAPES)
     with pytest.raises(UserError, match="is a folder"):
         weights.read(tmp_path, SHAPES)
+
+
+# weights that describe themselves
+
+LLAMA = configs.from_tables(
+    "llama",
+    {
+        "family": "llama",
+        "model": {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "channels": 24, "vocab_size": 101, "max_seq_len": 64},
+        "program": {"seq_len": 9},
+    },
+    "llama",
+)
+LLAMA_SHAPES = models.parameter_shapes(LLAMA)
+
+
+def write_llama(path, dtype="fp32"):
+    tensors = random_tensors(LLAMA_SHAPES)
+    weights.write(path, LLAMA, LLAMA_SHAPES, tensors.items(), dtype)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "changes, layout",
+    [
+        ({}, weights.LLMC),
+        ({"z_loss": 1e-4, "label_smoothing": 0.1, "zero_projections": True}, weights.LLMC),
+        ({"rope_theta": 5e5, "rope_factor": 2.0, "qk_norm_weight": False, "attention_window": (0, 0)}, weights.LLMC),
+        ({"num_kv_heads": 2, "head_size": 3, "mlp_channels": 24, "attention_scale": 3**-0.5}, weights.LLMC),
+        ({"norm_epsilon": 1e-6}, weights.OWN),
+        ({"activation": "gelu_exact"}, weights.OWN),
+        ({"attention_window": (4,)}, weights.OWN),
+        ({"attention_softcap": 50.0}, weights.OWN),
+        ({"logit_softcap": 30.0}, weights.OWN),
+        ({"attention_scale": 0.5}, weights.OWN),
+        ({"embedding_scale": 2.0}, weights.OWN),
+        ({"residual_scale": 0.5}, weights.OWN),
+        ({"tie_embeddings": False}, weights.OWN),
+        ({"mlp_bias": False}, weights.OWN),
+        ({"position": "none"}, weights.OWN),
+        ({"num_kv_heads": 1}, weights.OWN),
+        ({"head_size": 5}, weights.OWN),
+        ({"qk_norm": True}, weights.OWN),
+    ],
+    ids=str,
+)
+def test_llmcs_layout_is_for_what_its_header_can_say_and_no_more(changes, layout):
+    assert weights.layout(dataclasses.replace(NANO, **changes)) == layout
+
+
+def test_weights_of_another_architecture_describe_themselves(tmp_path):
+    write_llama(tmp_path / "w.bin")
+    data = (tmp_path / "w.bin").read_bytes()
+    magic, version, size, count = struct.unpack("<4i", data[:16])
+    assert (magic, version, size % 64, count) == (20261101, 1, 0, len(LLAMA_SHAPES))
+    text = data[1024 : 1024 + size].decode()
+    lines = text.rstrip("\n").split("\n")
+    assert lines[:3] == ['family = "llama"', 'dtype = "fp32"', "model.num_layers = 2"]
+    assert "model.num_kv_heads = 2" in lines and 'model.activation = "silu"' in lines
+    assert lines[-len(LLAMA_SHAPES) :][1:3] == ["tensors.ln1w = [2, 24]", "tensors.qkvw = [2, 48, 24]"]
+    assert len(data) == weights.file_bytes(LLAMA_SHAPES, text_bytes=size)
+    assert configs.load(str(tmp_path / "w.bin")).model == LLAMA.model
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_described_weights_come_back_as_they_were(tmp_path, dtype):
+    tensors = write_llama(tmp_path / "w.bin", dtype)
+    back = weights.read(tmp_path / "w.bin", LLAMA_SHAPES)
+    assert back.dtype == dtype and list(back) == list(LLAMA_SHAPES)
+    for name, tensor in tensors.items():
+        same = tensor if dtype == "fp32" else weights.bf16_to_fp32(weights.fp32_to_bf16(tensor))
+        np.testing.assert_array_equal(back[name], same)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        (b"num_layers = 2", b"num_layers = 3", "tensor ln1w is (2, 24), expected (3, 24)"),
+        (b"model.norm = ", b"model.nrom = ", "has no field 'nrom'"),
+        (b"tensors.ln1w = [2, 24]", b"tensors.ln1w = [2, 25]", "tensor ln1w is (2, 25), expected (2, 24)"),
+        (b'dtype = "fp32"', b'dtype = "fp64"', "does not say what the tensors are"),
+        (b"tensors.", b"tensors ", "does not say what the tensors are"),
+        (struct.pack("<2i", 20261101, 1), struct.pack("<2i", 20261101, 2), "weights version 2, expected 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_described_weights_that_are_damaged_give_one_line(tmp_path, old, new, words):
+    path = tmp_path / "w.bin"
+    write_llama(path)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(UserError) as error:
+        configs.load(str(path))
+    assert words in one_line(error)
 
 
 # debug states
@@ -247,6 +344,17 @@ def test_a_wrong_debug_state_header_gives_one_line(tmp_path, at, value, words):
     with pytest.raises(UserError) as error:
         debug_state.read(path, 101, SHAPES)
     assert words in one_line(error)
+
+
+def test_a_debug_state_of_described_weights_says_its_sizes(tmp_path):
+    ids, logits = np.zeros((2, 3), int), np.zeros((2, 3, 101), np.float32)
+    gradients = random_tensors(LLAMA_SHAPES)
+    path = tmp_path / "s.bin"
+    debug_state.write(path, ids, ids, logits, 1.0, LLAMA_SHAPES, gradients.items(), weights.OWN)
+    assert struct.unpack("<8i", path.read_bytes()[:32]) == (20240327, 3, 2, 3, 101, 128, len(LLAMA_SHAPES), 0)
+    np.testing.assert_array_equal(debug_state.read(path, 101, LLAMA_SHAPES).gradients["gatew"], gradients["gatew"])
+    with pytest.raises(UserError, match="V = 101, expected 100; does it belong"):
+        debug_state.read(path, 100, LLAMA_SHAPES)
 
 
 # tokens

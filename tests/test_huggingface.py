@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmgen import config, huggingface, models
+from llmgen import architectures, config, huggingface, models
 from llmgen.config import ModelConfig
 from llmgen.errors import UserError
 from llmgen.formats import debug_state, weights
@@ -23,6 +23,7 @@ SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 6, "vocab_size": 101, "n_positions
 CONFIG = config.from_tables(
     "t", {"family": "gpt2", "model": dataclasses.asdict(MODEL), "program": {"seq_len": MODEL.max_seq_len}}, "t"
 )
+MODEL = CONFIG.model  # with the sizes that follow
 SHAPES = models.parameter_shapes(CONFIG)
 
 
@@ -178,9 +179,9 @@ def damaged(name, value):
     [
         ("transformer.h.1.mlp.c_fc.bias", None, "tensor h.1.mlp.c_fc.bias is missing"),
         ("transformer.h.0.attn.c_attn.weight", np.zeros((18, 6), "f4"), "has shape (18, 6), expected (6, 18)"),
-        ("transformer.h.2.ln_1.weight", np.zeros(6, "f4"), "transformer.h.2.ln_1.weight is not part of this GPT-2"),
-        ("score.weight", np.zeros(6, "f4"), "score.weight is not part of this GPT-2"),
-        ("lm_head.weight", np.zeros((101, 6), "f4"), "lm_head.weight differs from transformer.wte.weight; only a tied"),
+        ("transformer.h.2.ln_1.weight", np.zeros(6, "f4"), "transformer.h.2.ln_1.weight is not part of this GPT2LMHeadModel"),
+        ("score.weight", np.zeros(6, "f4"), "score.weight is not part of this GPT2LMHeadModel"),
+        ("lm_head.weight", np.zeros((101, 6), "f4"), "lm_head.weight differs from transformer.wte.weight, though the config"),
         ("lm_head.weight", np.zeros((100, 6), "f4"), "lm_head.weight differs"),
         ("wpe.weight", np.zeros((5, 6), "f4"), "is there twice"),
     ],
@@ -194,16 +195,16 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(tmp_path, name, value, wo
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "llama"}, 'model_type = "llama" cannot be expressed; only "gpt2" can'),
+        ({"model_type": "bert"}, 'model_type = "bert" cannot be expressed; only "gpt2", "llama"'),
+        ({"model_type": "llama"}, 'architectures = ["GPT2LMHeadModel"] cannot be expressed; only ["LlamaForCausalLM"] can'),
         ({"architectures": ["GPT2ForSequenceClassification"]}, 'architectures = ["GPT2ForSequenceClassification"]'),
-        ({"activation_function": "relu"}, 'activation_function = "relu" cannot be expressed; only "gelu_new" or'),
-        ({"activation_function": "gelu"}, 'activation_function = "gelu"'),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06 cannot be expressed; only 1e-05 can"),
-        ({"n_inner": 12}, "n_inner = 12 cannot be expressed; only 4 * n_embd = 24 can"),
+        ({"activation_function": "tanh"}, 'activation_function = "tanh" cannot be expressed; only "gelu_new" or'),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon = 0 cannot be expressed; only a positive number"),
+        ({"n_inner": 12.5}, "n_inner = 12.5 cannot be expressed; only a positive whole number"),
         ({"scale_attn_weights": False}, "scale_attn_weights = false"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = true"),
         ({"add_cross_attention": True}, "add_cross_attention = true"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings = false"),
+        ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no" cannot be expressed; only true or false'),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"n_head": 4}, "channels = 6 is not divisible by num_heads = 4"),
         ({"n_layer": "2"}, 'n_layer = "2" cannot be expressed'),
@@ -265,7 +266,7 @@ def test_a_source_that_is_none_gives_one_line(tmp_path, monkeypatch, name, words
     Path("bad.safetensors").write_bytes(b"\xff" * 100)
     Path("config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
     tensors = {n: np.zeros(s, np.float32) for n, s in SHAPES.items()}
-    weights.write("w.bin", MODEL, SHAPES, tensors.items())
+    weights.write("w.bin", CONFIG, SHAPES, tensors.items())
     assert words in refusal(name, "out.bin")
     assert not Path("out.bin").exists()
 
@@ -518,5 +519,5 @@ def test_a_hub_that_does_not_answer_gives_one_line(hub, tmp_path):
 
 
 def test_the_names_of_a_gpt2_are_all_there():
-    assert list(huggingface.NAMES) == list(SHAPES)
+    assert list(architectures.ARCHITECTURES[0].tensors) == [*SHAPES, "headw"]
     assert sum(math.prod(shape) for shape in SHAPES.values()) == weights.file_bytes(SHAPES) // 4 - 256

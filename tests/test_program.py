@@ -350,6 +350,50 @@ def test_a_wrong_tokenizer_is_refused(run, tmp_path, header, body, words):
     fails(run("--steps", 0, "--tokenizer", tmp_path / "table.bin"), 1, "table.bin", words)
 
 
+def test_greedy_samples_go_on_from_a_prompt(run, data, tmp_path):
+    """Token by token, as the logits of a debug state say, which see the prompt and what was sampled."""
+    succeeds(run("--train-data", data, "--steps", 20, "--save", "model.bin"))
+    (tmp_path / "work" / "prompt.txt").write_text("72 101\n\t108\n")
+    tokenizer.write(tmp_path / "table.bin", [b"%d " % i for i in range(V)], V - 1)
+    load = ["--load", "model.bin", "--tokenizer", tmp_path / "table.bin"]
+    greedy = [*load, "--steps", 0, "--prompt-tokens", "prompt.txt", "--temperature", 0, "--sample-length", 8]
+    lines = succeeds(run(*greedy, "--seed", 1))
+    assert sample_of(lines) == sample_of(succeeds(run(*greedy, "--seed", 2)))
+    ids = [72, 101, 108, *map(int, sample_of(lines).split())]
+    tokens.write(tmp_path / "work" / "one.bin", np.array(ids + [0] * (BT + 1 - len(ids))), V)
+    succeeds(run("--load", "model.bin", "--train-data", "one.bin", "--debug-state", "state.bin"))
+    logits = state(tmp_path / "work" / "state.bin").logits[0]
+    assert ids[3:] == logits[2:10].argmax(-1).tolist()
+
+
+def test_temperature_1_is_the_default_and_a_low_one_is_nearly_greedy(run):
+    plain, one, low, zero = (
+        sample_of(succeeds(run("--steps", 0, "--sample-length", 20, *more)))
+        for more in ([], ["--temperature", 1], ["--temperature", 1e-4], ["--temperature", 0])
+    )
+    assert plain == one != low == zero
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("72 x", ["'x' is not a token id below 257"]),
+        ("72 257", ["'257' is not a token id"]),
+        ("-1", ["'-1'"]),
+        ("1.5", ["'1.5'"]),
+        ("99999999999999999999", ["is not a token id"]),
+        (" \n", ["no token ids"]),
+        ("7 " * (MAXT + 1), ["more than", "shorter"]),
+        (None, ["No such file"]),
+    ],
+    ids=lambda value: repr(value)[:12] if isinstance(value, str) else "",
+)
+def test_a_wrong_prompt_is_refused(run, tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "work" / "prompt.txt").write_text(text)
+    fails(run("--steps", 0, "--prompt-tokens", "prompt.txt"), 1, "prompt.txt", *words)
+
+
 # files that are wrong
 
 

@@ -309,11 +309,12 @@ static void handle_signals(void) {
 /* ---- settings: what the flags say -------------------------------------------------------------------------------- */
 
 typedef struct {
-    const char *load, *save, *save_dtype, *train_data, *val_data, *tokenizer, *log_dir, *lr_schedule, *debug_state;
+    const char *load, *save, *save_dtype, *train_data, *val_data, *tokenizer, *log_dir, *lr_schedule, *prompt_tokens,
+        *debug_state;
     int steps, total_batch_size, batch_size, seq_len, warmup_steps, val_every, val_steps, sample_every, sample_length,
         seed;
     int shuffle;
-    double learning_rate, final_lr_fraction, weight_decay, beta1, beta2, epsilon, grad_clip;
+    double learning_rate, final_lr_fraction, weight_decay, beta1, beta2, epsilon, grad_clip, temperature;
 } Settings;
 
 /* ---- files ------------------------------------------------------------------------------------------------------- */
@@ -1773,30 +1774,51 @@ static void print_token(int token) {
     say("%d ", token);
 }
 
-/* Draws a token from softmax(logits); coin is uniform in [0, 1). */
-static int draw_token(const float *logits, double coin) {
-    float highest = logits[0];
+enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
+
+/* What samples go on from: (prompt_length) tokens, an end-of-text unless --prompt-tokens names others. */
+static int prompt[WINDOW], prompt_length;
+
+static void load_prompt(const char *path) {
+    char word[16], *end;
+    FILE *file = fopen(path, "r");
+    if (!file) die(1, "%s: cannot be read: %s", path, strerror(errno));
+    while (fscanf(file, "%15s", word) == 1) {
+        const long long token = strtoll(word, &end, 10);
+        if (*end || token < 0 || token >= V) die(1, "%s: '%s' is not a token id below %d", path, word, V);
+        if (prompt_length == WINDOW) die(1, "%s: more than %d tokens; make it shorter", path, WINDOW);
+        prompt[prompt_length++] = (int)token;
+    }
+    if (ferror(file)) die(1, "%s: cannot be read: %s", path, strerror(errno));
+    if (prompt_length == 0) die(1, "%s: no token ids; write some, with spaces between", path);
+    fclose(file);
+}
+
+/* Draws a token from softmax(logits / temperature), or takes the first largest; coin is uniform in [0, 1). */
+static int draw_token(const float *logits, double temperature, double coin) {
     double sum = 0.0;
-    int token = 0;
-    for (int i = 1; i < V; i++) highest = logits[i] > highest ? logits[i] : highest;
-    for (int i = 0; i < V; i++) sum += exp((double)(logits[i] - highest));
+    int token = 0, best = 0;
+    for (int i = 1; i < V; i++) best = logits[i] > logits[best] ? i : best;
+    if (temperature == 0.0) return best;
+    const float highest = logits[best];
+    for (int i = 0; i < V; i++) sum += exp((double)(logits[i] - highest) / temperature);
     coin *= sum;
-    while (token < V - 1 && (coin -= exp((double)(logits[token] - highest))) >= 0.0) token++;
+    while (token < V - 1 && (coin -= exp((double)(logits[token] - highest) / temperature)) >= 0.0) token++;
     return token;
 }
 
-/* Prints tokens drawn one by one after an end-of-text. The window grows to what evaluate() can hold, then slides. */
+/* Prints tokens drawn one by one after the prompt. The window grows to what evaluate() can hold, then slides. */
 static void print_sample(const Settings *s, int step) {
-    enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
     static int tokens[WINDOW];
-    int t = 1;
-    tokens[0] = tokenizer.end_of_text;
+    if (prompt_length == 0) prompt[prompt_length++] = tokenizer.end_of_text;
+    int t = prompt_length;
+    memcpy(tokens, prompt, (size_t)t * sizeof(int));
     say("sample at step %d:\n", step);
     for (int i = 0; i < s->sample_length && !stop_signal; i++) {
         const uint64_t counter = (uint64_t)step << 32 | (uint64_t)i;
         const double coin = (double)(random_bits((uint64_t)s->seed, SAMPLE_STREAM, counter) >> 11) * 0x1p-53;
         evaluate(tokens, tokens, 1, t, t - 1);  /* only the logits matter: any targets will do */
-        const int token = draw_token(eval.logits, coin);
+        const int token = draw_token(eval.logits, s->temperature, coin);
         print_token(token);
         if (t == WINDOW) memmove(tokens, tokens + 1, (WINDOW - 1) * sizeof(int));
         else t++;
@@ -1959,7 +1981,7 @@ static const Settings default_settings = {
     .save_dtype = "fp32", .lr_schedule = "cosine", .steps = -1, .total_batch_size = 256, .batch_size = 4, .seq_len = 64,
     .warmup_steps = 0, .val_every = 20, .val_steps = 20, .sample_every = 0, .sample_length = 64, .seed = 1337,
     .shuffle = 0, .learning_rate = 0.0003, .final_lr_fraction = 1.0, .weight_decay = 0.0, .beta1 = 0.9, .beta2 = 0.95,
-    .epsilon = 1e-08, .grad_clip = 1.0,
+    .epsilon = 1e-08, .grad_clip = 1.0, .temperature = 1.0,
 };
 
 static const Flag flags[] = {
@@ -2001,6 +2023,10 @@ static const Flag flags[] = {
     { "--sample-every", "-s", "N", INTEGER, offsetof(Settings, sample_every), 0,
       "print a sample every N steps and at the last; 0 is never" },
     { "--sample-length", "-g", "N", INTEGER, offsetof(Settings, sample_length), 0, "tokens in a sample" },
+    { "--prompt-tokens", "", "FILE", TEXT, offsetof(Settings, prompt_tokens), 0,
+      "token ids, as numbers with spaces between, that samples go on from" },
+    { "--temperature", "", "X", REAL, offsetof(Settings, temperature), 0,
+      "of samples; 0 takes the most probable token" },
     { "--shuffle", "", "0|1", SWITCH, offsetof(Settings, shuffle), 0,
       "take the training data in an order of its own each epoch, by --seed" },
     { "--seed", "", "N", INTEGER, offsetof(Settings, seed), 0, "of the first weights, the samples and the shuffling" },
@@ -2135,6 +2161,7 @@ int main(int argc, char **argv) {
     if (s->train_data) train_data = open_data("--train-data", s->train_data);
     if (s->val_data) val_data = open_data("--val-data", s->val_data);
     if (s->tokenizer) load_tokenizer(s->tokenizer);
+    if (s->prompt_tokens) load_prompt(s->prompt_tokens);
     if (s->debug_state) prove_writable(s->debug_state);
     else if (s->save) prove_writable(s->save);
     if (s->log_dir) make_folder(s->log_dir);

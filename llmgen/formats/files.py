@@ -28,6 +28,7 @@ MAGIC = {  # what a file is -> its first int32
     "optimizer state": 20240527,
     "uint32 tokens": 20240801,
     "Llama weights": 20240803,
+    "described weights": 20261101,
 }
 
 _HINTS = {

@@ -12,6 +12,7 @@ from llmgen.config import Config, ModelConfig
 from llmgen.graph import Builder, Carry, Dim, Function, Graph, Op, Segment, Tensor, check, product
 
 INIT_STD = 0.02  # GPT-2's; projections into the residual stream divide it by sqrt(2 * num_layers)
+LONGEST_EVALUATION = 4096  # tokens; models may allow 131,072, but buffers for those would dwarf the model
 PROJECTIONS = ("attprojw", "fcprojw")  # into the residual stream
 
 
@@ -222,8 +223,8 @@ def update(config: Config) -> Function:
 
 
 def evaluation_tokens(config: Config) -> int:
-    """The most tokens `evaluate` takes at once: a training micro-batch, or one sequence of the longest length."""
-    return max(config.program.batch_size * config.program.seq_len, config.model.max_seq_len)
+    """The most tokens `evaluate` takes at once: a training micro-batch, or one sequence of the longest length within reason."""
+    return max(config.program.batch_size * config.program.seq_len, min(config.model.max_seq_len, LONGEST_EVALUATION))
 
 
 def build(config: Config) -> Graph:
