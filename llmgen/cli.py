@@ -190,6 +190,19 @@ def verify(**choices):
     sys.exit(0 if verify(config, build, click.echo) else 1)
 
 
+@cli.command()
+@config_options
+@click.option("--against", type=click.Choice(["torch"]), help="The same work in PyTorch, in turns with ours.")
+@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Steps in each run.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Runs of each, in turns.")
+def bench(against, steps, rounds, **choices):
+    """Times each op and the whole training step, alone or beside PyTorch."""
+    from llmgen import program
+    from llmgen.bench import bench
+
+    bench(program.config(**choices), choices["target"], choices["cpu"], against, steps, rounds, click.echo)
+
+
 def main():
     """The entry point: exit statuses and one-line errors, as for every failure."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # writers remove what is half done on the way out

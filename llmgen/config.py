@@ -261,6 +261,7 @@ def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides:
             elif f.default is dataclasses.MISSING:
                 raise UserError(f"{source}: [{table}] lacks '{f.name}'")
         tables[table] = kind(**values[table])
+    _check_head_size(tables["model"], source)
     tables["model"] = filled(tables["model"])
     config = Config(name, family, **tables)
     check(config, target, source)
@@ -304,15 +305,6 @@ def check(config: Config, target: str, source: str) -> None:
     for name in ("num_kv_heads", "head_size", "mlp_channels"):
         if getattr(model, name) < 0:
             refuse(f"{name} = {getattr(model, name)} must be at least 1")
-    if model.head_size == model.channels // model.num_heads and model.channels % model.num_heads:
-        heads = [h for h in range(1, model.channels + 1) if model.channels % h == 0]
-        near = sorted(heads, key=lambda h: abs(h - model.num_heads))[:2]
-        down = model.channels // model.num_heads * model.num_heads
-        channels = [c for c in (down, down + model.num_heads) if c > 0]
-        refuse(
-            f"channels = {model.channels} is not divisible by num_heads = {model.num_heads}; "
-            f"num_heads = {_either(sorted(near))} or channels = {_either(channels)} would work"
-        )
     _check_choices(model, refuse)
     if program.seq_len > model.max_seq_len:
         refuse(
@@ -362,6 +354,20 @@ def check(config: Config, target: str, source: str) -> None:
             f"total_batch_size = {train.total_batch_size} is not a multiple of batch_size * seq_len = {micro_batch}; "
             f"{train.total_batch_size // micro_batch * micro_batch + micro_batch} would work"
         )
+
+
+def _check_head_size(model: ModelConfig, source: str) -> None:
+    """Where no head size is said, the heads share the channels evenly. Raises UserError."""
+    if model.head_size or min(model.channels, model.num_heads) < 1 or model.channels % model.num_heads == 0:
+        return
+    heads = [h for h in range(1, model.channels + 1) if model.channels % h == 0]
+    near = sorted(heads, key=lambda h: abs(h - model.num_heads))[:2]
+    down = model.channels // model.num_heads * model.num_heads
+    channels = [c for c in (down, down + model.num_heads) if c > 0]
+    raise UserError(
+        f"{source}: channels = {model.channels} is not divisible by num_heads = {model.num_heads}; "
+        f"num_heads = {_either(sorted(near))} or channels = {_either(channels)} would work"
+    )
 
 
 def _check_choices(model: ModelConfig, refuse) -> None:

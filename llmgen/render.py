@@ -1,6 +1,7 @@
 """The Jinja environment: a plan in, source text out. Templates have holes and loops over ready lists, and no arithmetic."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -37,8 +38,11 @@ def environment() -> jinja2.Environment:
     return env
 
 
-def source(plan: Plan) -> str:
-    """The whole source file. It depends on the config, the target and the CPU profile, and on nothing else."""
+def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
+    """The whole source file. It depends on the config, the target and the CPU profile, and on nothing else.
+
+    statement: how a planned call becomes C, if not as `call` has it.
+    """
     config = plan.config
     name = f"train_{config.family}"
     sizes = [(f"{name} = {value},", comment) for name, value, comment in plan.sizes]
@@ -59,6 +63,7 @@ def source(plan: Plan) -> str:
         "kernel_templates": kernels.templates(plan.templates),
     }
     env = environment()
+    env.filters["call"] = statement or call
 
     def section(functions: frozenset) -> str:
         parts = [env.get_template(t).render(context, functions=functions) for t in context["kernel_templates"]]

@@ -52,8 +52,8 @@ def compile_line(name: str, profile: Profile) -> str:
     return shlex.join(c_command(f"{name}.c", name, profile))
 
 
-def compile(source: Path, program: Path, profile: Profile) -> Build:
-    """Compile a C source, unless the program is up to date.
+def compile(source: Path, program: Path, profile: Profile, more: Sequence[str] = ()) -> Build:
+    """Compile a C source, unless the program is up to date. more: flags besides the usual ones.
 
     Raises UserError if there is no compiler (the line says how to compile elsewhere) or it fails (the line names the
     file with its output).
@@ -67,7 +67,7 @@ def compile(source: Path, program: Path, profile: Profile) -> Build:
     notice = ""
     if not openmp:
         notice = f"{compiler[0]} has no OpenMP here: the program will use ONE thread; install libomp or use gcc"
-    build = Build(program, c_command(source, program, profile, compiler, openmp, cflags), notice)
+    build = Build(program, c_command(source, program, profile, compiler, openmp, (*more, *cflags)), notice)
     _compile(source, build)
     return build
 

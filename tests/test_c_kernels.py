@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from c_kernels import Library, Sizes, compile_source, source
+from c_kernels import Sizes, compile_source, load, source
 
 from llmgen import cpu
 
@@ -32,14 +32,14 @@ def runs_here(profile: str) -> bool:
 def build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
 
-    def build(sizes=None, profile="x86-64-v3", threads=2, compiler="gcc", flags=GNU11, march=True, overrides=None) -> Library:
+    def build(sizes=None, profile="x86-64-v3", threads=2, compiler="gcc", flags=GNU11, march=True, overrides=None):
         if march and not runs_here(profile):
             pytest.skip(f"this processor is no {profile}")
         if shutil.which(compiler) is None:
             pytest.skip(f"{compiler} is not installed")
         chosen = cpu.resolve(profile)
         text = source(sizes or Sizes(), chosen, overrides)
-        return Library(compile_source(text, folder, compiler, [*flags, *(chosen.flags if march else ())]), threads)
+        return load(compile_source(text, folder, compiler, [*flags, *(chosen.flags if march else ())]), threads)
 
     return build
 
