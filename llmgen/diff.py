@@ -47,14 +47,17 @@ def parameters(a: Plan, b: Plan) -> str:
 
 
 def sources(a: Plan, b: Plan) -> str:
-    """The difference of the generated sources, without what follows from it: the comment at the top, and offsets."""
+    """The difference of the generated sources, without what follows from it: the comment at the top, offsets, file layouts."""
     names = [f"{plan.config.name}/train_{plan.config.family}.c" for plan in (a, b)]
-    lines = [_without_offsets(render.source(plan)).splitlines() for plan in (a, b)]
+    lines = [_essence(render.source(plan)).splitlines() for plan in (a, b)]
     return "\n".join(difflib.unified_diff(*lines, *names, lineterm=""))
 
 
-def _without_offsets(source: str) -> str:
+def _essence(source: str) -> str:
     body = source[source.index("#define") :]
+    for section in ("weights: ", "debug state: "):
+        body = re.sub(rf"^/\* ---- {section}.*?(?=^/\* ---- )", "", body, flags=re.M | re.S)
+    body = re.sub(r"^static const char version.*", "", body, flags=re.M)
     body = re.sub(r"^    (acts|eval)\.\w+ = workspace.*\n", "", body, flags=re.M)
     body = re.sub(r"allocate_tensors\(\d+\)", "allocate_tensors(...)", body)
     body = re.sub(r'^    \{ "(\w+)", \d+,', r'    { "\1", ...,', body, flags=re.M)

@@ -58,8 +58,8 @@ def run(program: str | Path, flags: Sequence[str]) -> int:
 def environment() -> dict[str, str]:
     """The environment for a program: gcc's OpenMP shall not wait by spinning for long, unless the user says how it waits.
 
-    As it comes, a thread that waits spins through whole time slices. Beside one other busy process a step of gpt2-nano then takes
-    20 times as long as with this number.
+    As it comes, a thread that waits spins through whole time slices. Beside one other busy process a step of gpt2-nano
+    then takes 20 times as long as with this number.
     """
     given = dict(os.environ)
     if "OMP_WAIT_POLICY" not in given:

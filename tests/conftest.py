@@ -1,4 +1,4 @@
-"""For all tests: programs share the processors with others, so their threads must not wait by spinning (see llmgen/runner.py)."""
+"""For all tests: programs share the processors with others, so their threads must not wait by spinning (see runner.py)."""
 
 import os
 

@@ -1807,10 +1807,12 @@ static int draw_token(const float *logits, double temperature, double coin) {
     return token;
 }
 
-/* Prints tokens drawn one by one after the prompt. The window grows to what evaluate() can hold, then slides. */
+/* Prints tokens drawn one by one after the prompt. The window grows, then slides: without a prompt at T, the farthest that
+ * this training looks back, with one at what evaluate() can hold. */
 static void print_sample(const Settings *s, int step) {
     static int tokens[WINDOW];
     if (prompt_length == 0) prompt[prompt_length++] = tokenizer.end_of_text;
+    const int window = s->prompt_tokens ? WINDOW : T;
     int t = prompt_length;
     memcpy(tokens, prompt, (size_t)t * sizeof(int));
     say("sample at step %d:\n", step);
@@ -1820,7 +1822,7 @@ static void print_sample(const Settings *s, int step) {
         evaluate(tokens, tokens, 1, t, t - 1);  /* only the logits matter: any targets will do */
         const int token = draw_token(eval.logits, s->temperature, coin);
         print_token(token);
-        if (t == WINDOW) memmove(tokens, tokens + 1, (WINDOW - 1) * sizeof(int));
+        if (t == window) memmove(tokens, tokens + 1, (size_t)(window - 1) * sizeof(int));
         else t++;
         tokens[t - 1] = token;
     }
