@@ -14,8 +14,11 @@ def templates(ops: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*PRELUDE, *(f"c/ops/{name}.j2" for name in ops)]))
 
 
-def options(model: ModelConfig) -> dict:
-    """What the op templates choose by: names of widths in C, and the switches of the model."""
+def options(model: ModelConfig, evaluation_tokens: int | None = None) -> dict:
+    """What the op templates choose by: names of widths in C, and the switches of the model.
+
+    evaluation_tokens: that `evaluate` takes at most, where that can be fewer than the model's longest sequence.
+    """
     plain = model.num_heads * model.head_size == model.channels
     grouped = model.num_kv_heads != model.num_heads
     return {
@@ -25,6 +28,7 @@ def options(model: ModelConfig) -> dict:
         "qkv_shape": "3*C" if plain and not grouped else "QKV",
         "kv_heads": "NKV" if grouped else "NH",
         "grouped": grouped,
+        "longest": "MAXT" if model.max_seq_len <= (evaluation_tokens or model.max_seq_len) else "EVAL_TOKENS",
         "window": any(model.attention_window),
         "attention_softcap": model.attention_softcap,
         "attention_scale": model.attention_scale,

@@ -59,7 +59,7 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "model": config.model,
         "compile_line": toolchain.compile_line(name, plan.profile),
         "memory": plan.memory,
-        "options": kernels.options(config.model),
+        "options": kernels.options(config.model, plan.evaluation_tokens),
         "kernel_templates": kernels.templates(plan.templates),
     }
     env = environment()
