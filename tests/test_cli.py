@@ -35,7 +35,7 @@ def test_help_is_there_at_once(tmp_path):
     [
         ((), "name a command"),
         (("nonsense",), "nonsense"),
-        (("bench",), "bench"),
+        (("doctor",), "doctor"),
         (("--nonsense",), "--nonsense"),
         (("plan", "--nonsense"), "--nonsense"),
         (("plan", "more"), "more"),
