@@ -668,26 +668,31 @@ INLINE void any_tile(float *out, size_t ld, int rows, int cols, Operand a, const
 typedef float quad __attribute__((vector_size(16)));
 typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
 
-/* panel[k * NR + lane] = inp[lane * ld + k]: blocks of 4 x 4 are transposed in registers. */
+/* panel[k * NR + lane] = inp[lane * ld + k]: blocks of 4 x 4 are transposed in registers. A run of k at a time, so that the
+ * lines of the panel stay in L1 until all their lanes are there. */
 static void pack_transposed(float *restrict panel, const float *restrict inp, size_t ld, int lanes, int k) {
+    enum { RUN = 32 };
     if (lanes < NR) memset(panel, 0, (size_t)k * NR * sizeof(float));
-    for (int lane = 0; lane < lanes; lane += 4) {
-        const float *p = inp + (size_t)lane * ld;
-        float *out = panel + lane;
-        int at = 0;
-        if (lane + 4 <= lanes)
-            for (; at + 4 <= k; at += 4, out += 4 * NR) {
-                const quad a = *(const quad_any *)(p + at), b = *(const quad_any *)(p + ld + at);
-                const quad c = *(const quad_any *)(p + 2 * ld + at), d = *(const quad_any *)(p + 3 * ld + at);
-                const quad ab0 = {a[0], b[0], a[1], b[1]}, ab2 = {a[2], b[2], a[3], b[3]};
-                const quad cd0 = {c[0], d[0], c[1], d[1]}, cd2 = {c[2], d[2], c[3], d[3]};
-                *(quad_any *)out = (quad){ab0[0], ab0[1], cd0[0], cd0[1]};
-                *(quad_any *)(out + NR) = (quad){ab0[2], ab0[3], cd0[2], cd0[3]};
-                *(quad_any *)(out + 2 * NR) = (quad){ab2[0], ab2[1], cd2[0], cd2[1]};
-                *(quad_any *)(out + 3 * NR) = (quad){ab2[2], ab2[3], cd2[2], cd2[3]};
-            }
-        for (; at < k; at++, out += NR)
-            for (int i = 0; i < least(4, lanes - lane); i++) out[i] = p[(size_t)i * ld + (size_t)at];
+    for (int begin = 0; begin < k; begin += RUN) {
+        const int end = least(begin + RUN, k);
+        for (int lane = 0; lane < lanes; lane += 4) {
+            const float *p = inp + (size_t)lane * ld;
+            float *out = panel + begin * NR + lane;
+            int at = begin;
+            if (lane + 4 <= lanes)
+                for (; at + 4 <= end; at += 4, out += 4 * NR) {
+                    const quad a = *(const quad_any *)(p + at), b = *(const quad_any *)(p + ld + at);
+                    const quad c = *(const quad_any *)(p + 2 * ld + at), d = *(const quad_any *)(p + 3 * ld + at);
+                    const quad ab0 = {a[0], b[0], a[1], b[1]}, ab2 = {a[2], b[2], a[3], b[3]};
+                    const quad cd0 = {c[0], d[0], c[1], d[1]}, cd2 = {c[2], d[2], c[3], d[3]};
+                    *(quad_any *)out = (quad){ab0[0], ab0[1], cd0[0], cd0[1]};
+                    *(quad_any *)(out + NR) = (quad){ab0[2], ab0[3], cd0[2], cd0[3]};
+                    *(quad_any *)(out + 2 * NR) = (quad){ab2[0], ab2[1], cd2[0], cd2[1]};
+                    *(quad_any *)(out + 3 * NR) = (quad){ab2[2], ab2[3], cd2[2], cd2[3]};
+                }
+            for (; at < end; at++, out += NR)
+                for (int i = 0; i < least(4, lanes - lane); i++) out[i] = p[(size_t)i * ld + (size_t)at];
+        }
     }
 }
 
