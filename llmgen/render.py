@@ -82,6 +82,7 @@ def tidy(text: str) -> str:
 
     text = re.sub(r"^/\* ---- (.*?) -+( \*/)?$", heading, text, flags=re.M)
     text = re.sub(r"([^\n])\n(/\* ---- )", r"\1\n\n\2", text)
+    text = re.sub(r"^}\n(?=INLINE|static|/\*)", "}\n\n", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 

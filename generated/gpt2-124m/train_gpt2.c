@@ -463,6 +463,7 @@ INLINE vec load_upto(const float *p, int n) {
     for (int i = 0; i < n; i++) part[i] = p[i];
     return load(part);
 }
+
 INLINE void store_upto(float *p, vec v, int n) {
     if (n >= W) {
         store(p, v);
@@ -472,6 +473,7 @@ INLINE void store_upto(float *p, vec v, int n) {
     store(part, v);
     for (int i = 0; i < n; i++) p[i] = part[i];
 }
+
 INLINE vec keep_upto(vec v, int n) {
     float part[W];
     store(part, v);
@@ -486,6 +488,7 @@ INLINE float reduce_add(vec v) {
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
+
 INLINE float reduce_max(vec v) {
     float part[W];
     store(part, v);

@@ -5,9 +5,9 @@ import numpy as np
 from llmgen.graph import Kind, Step
 
 
-class Add(Kind):
-    function = "add_forward"
-    template = "add"
+class Pairwise(Kind):
+    """out is made of a and b, element by element."""
+
     outputs = ("out",)
     inputs = ("a", "b")
     signature = ("out", "a", "b", "n")
@@ -19,11 +19,16 @@ class Add(Kind):
     def sizes(self, op):
         return {"n": op.inputs["a"].count}
 
-    def backward(self, op, d):
-        return [Step(same=d["out"], to=(op.inputs["a"], op.inputs["b"]))]
-
     def flops(self, op):
         return op.inputs["a"].count.size
+
+
+class Add(Pairwise):
+    function = "add_forward"
+    template = "add"
+
+    def backward(self, op, d):
+        return [Step(same=d["out"], to=(op.inputs["a"], op.inputs["b"]))]
 
     def reference(self, op, x):
         return {"out": x["a"] + x["b"]}

@@ -1,28 +1,16 @@
 """multiply: out = a * b, the gate of a gated MLP. scale: out = inp * factor, a constant. Any shape."""
 
 from llmgen.graph import Kind, Step
+from llmgen.ops.add import Pairwise
 
 
-class Multiply(Kind):
+class Multiply(Pairwise):
     function = "multiply_forward"
     template = "multiply"
-    outputs = ("out",)
-    inputs = ("a", "b")
-    signature = ("out", "a", "b", "n")
-    in_place = {"out": ("a", "b")}
-
-    def infer(self, inputs, attrs):
-        return {"out": (inputs["a"].shape, "f32")}
-
-    def sizes(self, op):
-        return {"n": op.inputs["a"].count}
 
     def backward(self, op, d):
         a, b = op.inputs["a"], op.inputs["b"]
         return [Step(MULTIPLY, {"a": d["out"], "b": b}, {"out": a}), Step(MULTIPLY, {"a": d["out"], "b": a}, {"out": b})]
-
-    def flops(self, op):
-        return op.inputs["a"].count.size
 
     def reference(self, op, x):
         return {"out": x["a"] * x["b"]}
