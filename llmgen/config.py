@@ -481,8 +481,11 @@ def toml_value(value) -> str:
 
 
 def _nearest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    def likeness(other: str) -> tuple:  # of two as close, the one that begins alike
+        return difflib.SequenceMatcher(None, other, word).ratio(), [a == b for a, b in zip(word, other, strict=False)]
+
+    close = difflib.get_close_matches(word, list(known))
+    return f"; did you mean '{max(close, key=likeness)}'?" if close else ""
 
 
 def _either(values) -> str:

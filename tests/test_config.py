@@ -124,7 +124,7 @@ def test_a_faulty_file_is_refused_by_name(tmp_path, text, words):
 
 def test_what_does_not_exist_is_named_with_the_nearest_preset():
     with pytest.raises(UserError, match="did you mean 'gpt2-124m'"):
-        config.load("gpt2-12m")
+        config.load("gpt2-125m")
     with pytest.raises(UserError, match="no such file"):
         config.load("missing.toml")
 
