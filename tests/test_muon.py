@@ -29,7 +29,7 @@ def test_twenty_steps_of_muon_on_fresh_batches_give_the_losses_of_the_reference(
     start = random_parameters(graph, 0)
     clear_padding(start, graph, built.model.vocab_size)
     text = np.random.default_rng(1).integers(0, 101, 20 * 26 + 1)
-    weights.write(tmp_path / "model.bin", built.model, shapes, start.items())
+    weights.write(tmp_path / "model.bin", built, shapes, start.items())
     tokens.write(tmp_path / "train.bin", text, 101)
     run = program.build(built, "c", "native", None, tmp_path).program
     flags = ["--load", "model.bin", "--train-data", "train.bin", "--log-dir", ".", "--steps", "20", "--val-every", "0"]
