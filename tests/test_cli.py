@@ -58,7 +58,7 @@ def test_wrong_use_is_one_line_and_status_2(tmp_path, words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("plan", "--config", "gpt2-125m"), "did you mean 'gpt2-124m'?"),
+        (("plan", "--config", "gpt2-124"), "did you mean 'gpt2-124m'?"),
         (("build", "--config", "none.toml"), "none.toml: no such file"),
         (("run", "--config", "nothing"), "presets: gpt2-nano"),
         (("configs", "--show", "nothing"), "no preset 'nothing'"),
