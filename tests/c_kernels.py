@@ -17,6 +17,7 @@ SIGNATURES = {
     "linear_forward": "out inp weight bias addend n c oc",
     "linear_gelu_forward": "out pre inp weight bias n c oc",
     "linear_backward_input": "dinp dout weight n c oc",
+    "linear_backward_input_gelu": "dinp dout weight pre n c oc",
     "linear_backward_weight": "dweight dbias dout inp n c oc accumulate",
     "gelu_forward": "out inp size",
     "gelu_backward": "dinp dout inp size",

@@ -106,6 +106,9 @@ def check_linear(lib, rng, n, c, oc):
     dinp = poisoned(n, c)
     lib.linear_backward_input(dinp, dout, weight, n, c, oc)
     check(dinp=(dinp, dout64 @ weight64))
+    dinp = poisoned(n, c)
+    lib.linear_backward_input_gelu(dinp, dout, weight, inp, n, c, oc)
+    check(dinp_gelu=(dinp, dout64 @ weight64 * gelu_grad(inp64)))
 
     dweight, dbias = poisoned(oc, c), poisoned(oc)
     lib.linear_backward_weight(dweight, dbias, dout, inp, n, c, oc, 0)

@@ -10,7 +10,13 @@ from llmgen.ops.attention import ATTENTION, ATTENTION_BACKWARD
 from llmgen.ops.classifier import CLASSIFIER, CLASSIFIER_BACKWARD
 from llmgen.ops.cross_entropy import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
 from llmgen.ops.layernorm import LAYERNORM, LAYERNORM_BACKWARD
-from llmgen.ops.linear import LINEAR, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHT, LINEAR_GELU
+from llmgen.ops.linear import (
+    LINEAR,
+    LINEAR_BACKWARD_INPUT,
+    LINEAR_BACKWARD_INPUT_GELU,
+    LINEAR_BACKWARD_WEIGHT,
+    LINEAR_GELU,
+)
 from llmgen.ops.multiply import MULTIPLY, SCALE
 from llmgen.ops.muon import MUON
 from llmgen.ops.position_embedding import POSITION_EMBEDDING, POSITION_EMBEDDING_BACKWARD
@@ -37,6 +43,7 @@ __all__ = [
     "LAYERNORM_BACKWARD",
     "LINEAR",
     "LINEAR_BACKWARD_INPUT",
+    "LINEAR_BACKWARD_INPUT_GELU",
     "LINEAR_BACKWARD_WEIGHT",
     "LINEAR_GELU",
     "MULTIPLY",

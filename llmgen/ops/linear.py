@@ -1,7 +1,7 @@
 """out = inp weight^T + bias (+ addend). inp (..., c), weight (oc, c), bias (oc), out (..., oc)."""
 
 from llmgen.graph import Kind, Step, product
-from llmgen.ops.activation import gelu
+from llmgen.ops.activation import gelu, gelu_derivative
 
 
 class Linear(Kind):
@@ -109,7 +109,19 @@ class LinearGelu(Kind):
         return {"out": gelu(pre), "pre": pre}
 
 
+class LinearBackwardInputGelu(LinearBackwardInput):
+    """dinp = dout weight * gelu'(pre): the gradient passes the linear layer and the GELU before it."""
+
+    function = "linear_backward_input_gelu"
+    inputs = ("dout", "weight", "pre")
+    signature = ("dinp", "dout", "weight", "pre", "n", "c", "oc")
+
+    def reference(self, op, x):
+        return {"dinp": x["dout"] @ x["weight"] * gelu_derivative(x["pre"])}
+
+
 LINEAR = Linear()
 LINEAR_BACKWARD_INPUT = LinearBackwardInput()
+LINEAR_BACKWARD_INPUT_GELU = LinearBackwardInputGelu()
 LINEAR_BACKWARD_WEIGHT = LinearBackwardWeight()
 LINEAR_GELU = LinearGelu()

@@ -16,6 +16,7 @@ def for_target(graph: Graph, target: str, chunk: int, again: str = "none") -> Gr
         function = fusion.join_segments(function)
         function = fusion.add_into(function)
         function = fusion.linear_gelu(function)
+        function = fusion.linear_backward_gelu(function)
         function = fusion.classifier(function, chunk)
         functions.append(function)
     return Graph(graph.parameters, tuple(functions))

@@ -64,6 +64,22 @@ def linear_gelu(function: Function) -> Function:
     return _rewrite(function, rewrite)
 
 
+def linear_backward_gelu(function: Function) -> Function:
+    """gelu_backward(linear_backward_input(dout)) -> linear_backward_input_gelu(dout)."""
+
+    def rewrite(view: _View) -> list[Op] | None:
+        for gelu in view.ops:
+            linear = view.producer(gelu.inputs["dout"]) if gelu.kind is ops.GELU.derivative else None
+            if linear is None or linear.kind is not ops.LINEAR_BACKWARD_INPUT or view.uses(gelu.inputs["dout"]) > 1:
+                continue
+            inputs = {**linear.inputs, "pre": gelu.inputs["inp"]}
+            fused = Op(ops.LINEAR_BACKWARD_INPUT_GELU, inputs, {"dinp": gelu.outputs["dinp"]}, linear.attrs)
+            return [fused if op is gelu else op for op in view.ops if op is not linear]
+        return None
+
+    return _rewrite(function, rewrite)
+
+
 def classifier(function: Function, chunk: int) -> Function:
     """cross_entropy(linear(x, w)), with its backward where it has one, -> classifier, in chunks of rows."""
 
