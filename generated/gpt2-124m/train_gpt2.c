@@ -33,6 +33,7 @@
  * files, data, sampling, logging, arguments, main.
  */
 #define _XOPEN_SOURCE 700 /* POSIX 2008, and realpath() */
+#define _DEFAULT_SOURCE   /* madvise(), where there is one */
 #include <errno.h>
 #include <glob.h>
 #include <limits.h>
@@ -44,6 +45,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -149,7 +151,7 @@ static struct {
     float *dlnf;           /* (B, T, C) */
     float *logits;         /* (CHUNK, VP) */
     float *dresidual;      /* (B, T, C) */
-    float *dgelu;          /* (B, T, 4*C) */
+    float *dfc;            /* (B, T, 4*C) */
     float *dln2;           /* (B, T, C) */
     float *dattention;     /* (B, T, C) */
     float *dqkv;           /* (B, T, 3*C) */
@@ -242,15 +244,19 @@ static void *allocate(size_t bytes) {
     return memory;
 }
 
-/* Memory for the model: zeroed, on a cache line. It is touched here, so that a machine too small is noticed now, and
- * counted, so that the program can say what it uses. */
+/* Memory for the model: zeroed, on a cache line, in large pages where the system has them. It is touched here, so that a
+ * machine too small is noticed now, and counted, so that the program can say what it uses. */
 static size_t model_bytes;
 static void *allocate_tensors(size_t bytes) {
+    const size_t page = (size_t)2 << 20, alignment = bytes < page ? 64 : page;
     void *memory = NULL;
-    if (posix_memalign(&memory, 64, bytes ? bytes : 64) != 0) {
+    if (posix_memalign(&memory, alignment, bytes ? bytes : 64) != 0) {
         die(1, "out of memory: %zu bytes were refused after %zu; build with a smaller --batch-size or --seq-len",
             bytes, model_bytes);
     }
+#ifdef MADV_HUGEPAGE
+    madvise(memory, bytes / page * page, MADV_HUGEPAGE);
+#endif
     memset(memory, 0, bytes);
     model_bytes += bytes;
     return memory;
@@ -563,12 +569,9 @@ INLINE vec vgelu_grad(vec x) {
     return s + x * s * (1.0f - s) * (1.5957691216f + 0.2140644488178f * x * x);
 }
 
-static void gelu_backward(float *dinp, const float *dout, const float *inp, size_t n) { /* (n), (n), (n); dinp may be dout */
-#pragma omp parallel for if (n > TEAM_VALUES)
-    for (size_t i = 0; i < n / W; i++) store(dinp + i * W, load(dout + i * W) * vgelu_grad(load(inp + i * W)));
-    const size_t at = n / W * W;
-    const int rest = (int)(n % W);
-    store_upto(dinp + at, load_upto(dout + at, rest) * vgelu_grad(load_upto(inp + at, rest)), rest);
+static void gelu_grad_row(float *out, const float *inp, int n) { /* out *= gelu'(inp) */
+    for (int i = 0; i < n; i += W)
+        store_upto(out + i, load_upto(out + i, n - i) * vgelu_grad(load_upto(inp + i, n - i)), n - i);
 }
 
 /* ---- matrix products ------------------------------------------------------------------------------------------------
@@ -728,6 +731,7 @@ typedef struct { /* what is done to out while it is at hand; NULL is none */
     const float *bias;   /* (n)     added to every row */
     const float *addend; /* (m, n)  added to every element; may be out */
     float *gelu;         /* (m, n)  receives gelu(out) */
+    const float *pre;    /* (m, n)  out becomes out * gelu'(pre) */
 } Epilogue;
 
 /* How out (m, n) is cut for the threads: in a grid of rectangles such that the largest is the least work. For each k that
@@ -789,6 +793,8 @@ static void matmul(float *out, Operand a, Operand b, Epilogue then, int m, int n
                         }
                     for (int i = begin; then.gelu && depth == depths - 1 && i < end; i++)
                         gelu_row(then.gelu + (size_t)i * ld + left, out + (size_t)i * ld + left, right - left);
+                    for (int i = begin; then.pre && depth == depths - 1 && i < end; i++)
+                        gelu_grad_row(out + (size_t)i * ld + left, then.pre + (size_t)i * ld + left, right - left);
                 }
             }
         }
@@ -979,6 +985,14 @@ static void linear_backward_input(float *dinp,                             /* (n
                                   const float *dout, const float *weight, /* (n, oc), (oc, c) */
                                   int n, int c, int oc) {
     matmul(dinp, (Operand){dout, (size_t)oc, 1}, (Operand){weight, 1, (size_t)c}, (Epilogue){0}, n, c, oc);
+}
+
+/* dinp = dout . weight * gelu'(pre), while it is still in the cache. */
+static void linear_backward_input_gelu(float *dinp,                             /* (n, c) */
+                                       const float *dout, const float *weight, /* (n, oc), (oc, c) */
+                                       const float *pre,                       /* (n, c) */
+                                       int n, int c, int oc) {
+    matmul(dinp, (Operand){dout, (size_t)oc, 1}, (Operand){weight, 1, (size_t)c}, (Epilogue){.pre = pre}, n, c, oc);
 }
 
 /* dweight += dout^T . inp; dbias += the sum of dout over the rows. */
@@ -1336,7 +1350,7 @@ static void allocate_model(void) {
     acts.dlnf = workspace + 51068928;
     acts.logits = workspace + 37994496;
     acts.dresidual = workspace + 38780928;
-    acts.dgelu = workspace + 37994496;
+    acts.dfc = workspace + 37994496;
     acts.dln2 = workspace + 38977536;
     acts.dattention = workspace + 38584320;
     acts.dqkv = workspace + 37994496;
@@ -1394,11 +1408,10 @@ static void forward_backward(const int *tokens, const int *targets, float loss_s
     for (size_t l = L; l-- > 0;) {
         linear_backward_weight(grads.fcprojw + l*C*4*C, grads.fcprojb + l*C, acts.dresidual, acts.gelu + l*BT*4*C, BT,
                                4*C, C, micro_batch > 0);
-        linear_backward_input(acts.dgelu, acts.dresidual, params.fcprojw + l*C*4*C, BT, 4*C, C);
-        gelu_backward(acts.dgelu, acts.dgelu, acts.fc + l*BT*4*C, BT*4*C);
-        linear_backward_weight(grads.fcw + l*4*C*C, grads.fcb + l*4*C, acts.dgelu, acts.ln2 + l*BT*C, BT, C, 4*C,
+        linear_backward_input_gelu(acts.dfc, acts.dresidual, params.fcprojw + l*C*4*C, acts.fc + l*BT*4*C, BT, 4*C, C);
+        linear_backward_weight(grads.fcw + l*4*C*C, grads.fcb + l*4*C, acts.dfc, acts.ln2 + l*BT*C, BT, C, 4*C,
                                micro_batch > 0);
-        linear_backward_input(acts.dln2, acts.dgelu, params.fcw + l*4*C*C, BT, C, 4*C);
+        linear_backward_input(acts.dln2, acts.dfc, params.fcw + l*4*C*C, BT, C, 4*C);
         layernorm_backward(acts.dresidual, grads.ln2w + l*C, grads.ln2b + l*C, acts.dln2, acts.residual2 + l*BT*C,
                            acts.ln2_mean + l*BT, acts.ln2_rstd + l*BT, params.ln2w + l*C, acts.dresidual, BT, C,
                            micro_batch > 0);
