@@ -21,13 +21,13 @@
  * Options:  ./train_gpt2 --help
  *
  * Memory in bytes, for a micro-batch of 4 x 64 tokens:
- *      497,903,616  parameters
- *      497,903,616  gradients
- *      995,807,232  AdamW's moments
- *      151,977,984  activations that the backward needs
- *       53,087,232  arena for all that lives shorter (at least 53,087,232 are alive at once)
- *        1,050,240  scratch for each thread
- *    2,197,729,920  in all, with one thread
+ *       497,903,616  parameters
+ *       497,903,616  gradients
+ *       995,807,232  AdamW's moments
+ *       151,977,984  activations that the backward needs
+ *        53,087,232  arena for all that lives shorter (at least 53,087,232 are alive at once)
+ *         1,050,240  scratch for each thread
+ *     2,197,729,920  in all, with one thread
  *
  * Contents: sizes, tensors, basics, vectors, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
