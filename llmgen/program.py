@@ -10,20 +10,21 @@ from llmgen import config as configs
 from llmgen import plan as plans
 from llmgen.config import Config
 from llmgen.errors import UserError
+from llmgen.flags import program_flags
 from llmgen.plan import Plan
 
 BYTE_VOCABULARY = 257  # every byte, and end-of-text
 GPT2_VOCABULARY = 50257
 
-# How `llmgen run` trains where no data is named; each is one of the program's flags, and can be given.
+# How `llmgen run` trains where no data is named: fields of [train], unless the config or the program's flags say them.
 BUILTIN_TRAINING = {
-    "--steps -x": "3000",
-    "--shuffle": "1",
-    "--warmup-steps -u": "400",
-    "--final-lr-fraction -q": "0.1",
-    "--val-every -v": "500",
-    "--val-steps -m": "100",
-    "--sample-length -g": "256",
+    "steps": "3000",
+    "shuffle": "1",
+    "warmup_steps": "400",
+    "final_lr_fraction": "0.1",
+    "val_every": "500",
+    "val_steps": "100",
+    "sample_length": "256",
 }
 
 
@@ -37,6 +38,8 @@ class Built:
 
 def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None) -> Config:
     """The config that the command line names."""
+    if arch and target == "c":
+        raise UserError(f"--arch {arch} is for target cuda; --cpu chooses the processor of target c")
     overrides = configs.parse_overrides(settings)
     flags = {"batch_size": batch_size, "seq_len": seq_len, "precision": precision}
     overrides |= {key: value for key, value in flags.items() if value is not None}
@@ -102,9 +105,11 @@ def run(config, target, cpu, arch, out, flags: list[str]) -> int:
             defaults += ["--val-data", str(corpus / "val_*.bin")]
         if not given & {"--tokenizer"}:
             defaults += ["--tokenizer", str(corpus / "tokenizer.bin")]
-        for names, value in BUILTIN_TRAINING.items():
-            if not given & {*names.split()}:
-                defaults += [names.split()[0], value]
+        usual = configs.TrainConfig()
+        for flag in (flag for flag in program_flags(config) if flag.field in BUILTIN_TRAINING):
+            said = getattr(config.train, flag.field) != getattr(usual, flag.field)
+            if not said and not given & {f"--{flag.name}", f"-{flag.short}"}:
+                defaults += [f"--{flag.name}", BUILTIN_TRAINING[flag.field]]
     if not given & {"--sample-every", "-s"} and not config.train.sample_every:
         defaults += ["--sample-every", str(configs.INT_MAX)]  # so only after the last step
     if not given & {"--save", "--debug-state"}:

@@ -176,3 +176,18 @@ def test_run_with_nothing_said_prepares_the_builtin_corpus(tmp_path):
     assert "step 2/2 " in result.stdout and "sample at step 2:" in result.stdout
     assert os.listdir(tmp_path / "cache") == ["llmgen"]
     assert time.monotonic() - started < 120
+
+
+def test_run_trains_on_the_built_in_corpus_as_the_config_says(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'family = "gpt2"\n[model]\nnum_layers = 1\nnum_heads = 1\nchannels = 16\nvocab_size = 257\nmax_seq_len = 64\n'
+        "[program]\nbatch_size = 2\nseq_len = 16\n[train]\nsteps = 3\nsample_length = 5\n"
+    )
+    lines = succeeds("run", "--config", "mine.toml", cwd=tmp_path, env={"CFLAGS": "-O1"})
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 3 and steps[0].startswith("step 1/3 ") and "lr 7.50e-07" in steps[0], "the warmup is the recipe's"
+    assert any(line.startswith("sample at step 3") for line in lines)
+
+
+def test_the_architecture_of_a_gpu_is_refused_for_c(tmp_path):
+    assert "--cpu" in fails(1, "plan", "--arch", "sm_80", cwd=tmp_path)
