@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmgen import ops, program, render, toolchain
+from llmgen import ops, program, render, runner, toolchain
 from llmgen.config import Config
 from llmgen.errors import UserError
 from llmgen.formats import tokens
@@ -49,6 +49,7 @@ def bench(
     write: Callable[[str], None],
 ) -> None:
     """Measure a config and write tables. Raises UserError."""
+    os.environ.update(runner.environment())  # as `llmgen run` has it; for PyTorch too
     plan = program.plan(config, target, cpu, None)
     if against:
         _import_torch()
