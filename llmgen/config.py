@@ -23,6 +23,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 TARGETS = ("c", "cuda")
+BYTE_VOCABULARY = 257  # every byte, and end-of-text
+GPT2_VOCABULARY = 50257
 VOCABULARY_MULTIPLE = 128  # vocabulary rows are padded to a multiple of this
 ALWAYS_STATED = ("batch_size", "seq_len", "precision")  # in the generated source, whatever the defaults are
 RECOMPUTES = ("none", "cheap")

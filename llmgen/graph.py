@@ -316,7 +316,3 @@ class Builder:
         self.ops.append(Op(kind, given, outputs, attrs))
         made = tuple(outputs.values())
         return made[0] if len(made) == 1 else made
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.bytes * (t.layers.size if t.layers else 1) for t in tensors)

@@ -3,10 +3,8 @@
 import json
 
 from llmgen import flags, models
-from llmgen.config import Config
+from llmgen.config import BYTE_VOCABULARY, Config
 from llmgen.formats import debug_state, files, tokenizer, tokens, weights
-
-BYTE_VOCABULARY = 257  # every byte, and end-of-text
 
 # a field of a weights header -> the constant of the generated program that it must equal
 _SIZES = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from llmgen import architectures, models
 from llmgen.architectures import Architecture, Part
-from llmgen.config import Config, ModelConfig, from_tables
+from llmgen.config import BYTE_VOCABULARY, GPT2_VOCABULARY, Config, ModelConfig, from_tables
 from llmgen.errors import UserError
 from llmgen.formats import debug_state, files, weights
 
@@ -352,7 +352,7 @@ def _config_json(architecture: Architecture, model: ModelConfig, dtype: str) -> 
 
 def _special_ids(model: ModelConfig) -> dict:
     """End-of-text of the two vocabularies that we know by their size. (Their default is GPT-2's, whatever the size.)"""
-    end_of_text = model.vocab_size - 1 if model.vocab_size in (257, 50257) else None
+    end_of_text = model.vocab_size - 1 if model.vocab_size in (BYTE_VOCABULARY, GPT2_VOCABULARY) else None
     return {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": None}
 
 

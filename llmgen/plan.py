@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llmgen import cpu, memory, models, ops, passes
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
-from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim, product
+from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim
 from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
 from llmgen.models import transformer
 
@@ -100,6 +100,7 @@ class Table:
     name: str
     shape: tuple[Dim, ...]
     offset: int  # values
+    values: int  # up to the next one, alignment included
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Plan:
             optimizer=2 * flat,
             activations=saved,
             arena=self.workspace - saved,
-            constants=4 * sum(aligned(product(t.shape).size, ALIGNMENT[self.target] // 4) for t in self.tables),
+            constants=4 * sum(t.values for t in self.tables),
             arena_lower_bound=bound,
             scratch_per_thread=self.thread_scratch * 4,
         )
@@ -241,8 +242,8 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
     scratch = {name: value for name, value, _ in constants}
     tables, offset = [], 0
     for t in (t for t in _constants(graph) if not t.layers):
-        tables.append(Table(t.name, t.shape, offset))
-        offset += aligned(t.count.size, alignment // 4)
+        tables.append(Table(t.name, t.shape, offset, aligned(t.count.size, alignment // 4)))
+        offset += tables[-1].values
     updates = list(graph.function("update").ops())
     plan = Plan(
         config=config,

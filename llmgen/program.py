@@ -8,13 +8,10 @@ from pathlib import Path
 
 from llmgen import config as configs
 from llmgen import plan as plans
-from llmgen.config import Config
+from llmgen.config import BYTE_VOCABULARY, GPT2_VOCABULARY, Config
 from llmgen.errors import UserError
 from llmgen.flags import program_flags
 from llmgen.plan import Plan
-
-BYTE_VOCABULARY = 257  # every byte, and end-of-text
-GPT2_VOCABULARY = 50257
 
 # How `llmgen run` trains where no data is named: fields of [train], unless the config or the program's flags say them.
 BUILTIN_TRAINING = {
