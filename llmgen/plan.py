@@ -158,8 +158,11 @@ class Plan:
     @property
     def workspace(self) -> int:
         """Bytes that forward_backward, evaluate and update share: they never run at once."""
-        update = aligned(self.update_scratch * 4, ALIGNMENT[self.target])
-        return max(self.forward_backward.bytes, self.evaluate.bytes, update)
+        return max(self.forward_backward.bytes, self.evaluate.bytes, self.update_bytes)
+
+    @property
+    def update_bytes(self) -> int:
+        return aligned(self.update_scratch * 4, ALIGNMENT[self.target])
 
     @property
     def memory(self) -> Memory:
@@ -168,6 +171,7 @@ class Plan:
         bound = max(
             self.forward_backward.layout.arena_lower_bound,
             self.evaluate.layout.arena_lower_bound - saved,
+            self.update_bytes - saved,
         )
         return Memory(
             parameters=flat,

@@ -97,3 +97,11 @@ def test_initial_values_are_those_of_gpt2(gpt2):
 
 def test_evaluate_fits_in_the_memory_of_training(gpt2):
     assert gpt2.evaluate.bytes <= gpt2.forward_backward.bytes
+
+
+def test_what_muon_needs_between_steps_counts_in_the_arena_and_its_lower_bound():
+    wide = {"optimizer": "muon", "num_layers": 1, "channels": 512, "batch_size": 1, "seq_len": 1, "max_seq_len": 1}
+    made = plan.make(config.load("gpt2-nano", overrides=wide))
+    needed = 4 * made.update_scratch
+    assert made.memory.activations + made.memory.arena == needed > made.forward_backward.bytes
+    assert made.memory.activations + made.memory.arena_lower_bound == needed
