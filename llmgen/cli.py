@@ -197,10 +197,13 @@ def verify(**choices):
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Runs of each, in turns.")
 def bench(against, steps, rounds, **choices):
     """Times each op and the whole training step, alone or beside PyTorch."""
-    from llmgen import program
-    from llmgen.bench import bench
+    from llmgen import bench, bench_gpu, program
 
-    bench(program.config(**choices), choices["target"], choices["cpu"], against, steps, rounds, click.echo)
+    config = program.config(**choices)
+    if choices["target"] == "cuda":
+        bench_gpu.bench(config, choices["arch"], against, steps, rounds, click.echo)
+    else:
+        bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
 
 
 def main():
