@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmgen.config import ModelConfig
 from llmgen.cpu import Profile
+from llmgen.cuda import products
 from llmgen.cuda.architecture import Architecture
 from llmgen.plan import Plan
 
@@ -30,6 +31,7 @@ def gpu_options(plan: Plan) -> dict:
         "arch": machine.name,
         "hopper": machine.is_hopper,
         "least_arch": machine.least,
+        "products": products.options(products.shapes(plan.graph), program.precision, machine.multiprocessors),
     }
 
 
