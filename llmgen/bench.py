@@ -122,7 +122,7 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
     )
     path = folder / "timed.c"
     path.write_text(clock + render.source(plan, timed) + report)
-    toolchain.compile(path, folder / "timed", plan.profile)
+    toolchain.compile(path, folder / "timed", "c", plan.profile)
     return folder / "timed"
 
 
@@ -196,7 +196,7 @@ def _library(plan: Plan, folder: Path, threads: int) -> Library:
     signatures = {name: arguments for name, arguments in SIGNATURES.items() if plain or not name.startswith("attention")}
     sizes = {name: value for name, value, _ in plan.sizes}
     path.write_text(source(sizes, plan.config.model, ["linear", *(["attention"] if plain else [])], signatures))
-    toolchain.compile(path, library, plan.profile, ("-fPIC", "-shared"))
+    toolchain.compile(path, library, "c", plan.profile, ("-fPIC", "-shared"))
     return Library(library, signatures, threads)
 
 

@@ -73,10 +73,10 @@ def plan(as_json, memory, **choices):
 
     config = program.config(**choices)
     if memory:
-        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], memory))
+        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], choices["arch"], memory))
         return
     made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
-    threads = program.threads()
+    threads = program.threads(choices["target"])
     click.echo(json.dumps(made.to_json(threads), indent=1) if as_json else report.plan(made, threads))
 
 
@@ -95,7 +95,7 @@ def diff(config_a, config_b, **choices):
     where = (choices["target"], choices["cpu"], choices["arch"])
     a = program.plan(config.load(config_a, target=choices["target"]), *where)
     b = program.plan(program.config(config_b, **choices), *where)
-    click.echo(difference.diff(a, b, program.threads()))
+    click.echo(difference.diff(a, b, program.threads(choices["target"])))
 
 
 @cli.command()
