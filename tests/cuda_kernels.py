@@ -23,8 +23,9 @@ import numpy as np
 
 from llmgen import kernels, render
 from llmgen.config import ModelConfig
+from llmgen.cuda import products
 
-PRELUDE = ("ptx", "ptx_sm90", "reduce", "gemm", "gemm_sm90")  # those that there are
+HOPPER_PRELUDE = ("cuda/ptx_sm90.j2", "cuda/gemm_sm90.j2")
 GUARD = 1024  # bytes before and behind each buffer
 DEVICES = ("emulator", "gpu")
 
@@ -60,8 +61,7 @@ static cudaError_t harness_error;
 _SETUP = """
 extern "C" void *harness_malloc(size_t size) { void *p = NULL; cudaCheck(cudaMalloc(&p, size)); return p; }
 extern "C" void harness_free(void *p) { cudaCheck(cudaFree(p)); }
-extern "C" void harness_to(void *p, const void *from, size_t size) { cudaCheck(cudaMemcpy(p, from, size, cudaMemcpyHostToDevice)); }
-extern "C" void harness_from(void *to, const void *p, size_t size) { cudaCheck(cudaMemcpy(to, p, size, cudaMemcpyDeviceToHost)); }
+extern "C" void harness_copy(void *to, const void *from, size_t size) { cudaCheck(cudaMemcpy(to, from, size, cudaMemcpyDefault)); }
 extern "C" void harness_setup(void *scratch_memory, void *turns_memory) {
     if (!stream) cudaCheck(cudaStreamCreate(&stream));
     scratch = (float *)scratch_memory, turns = (int *)turns_memory;
@@ -94,9 +94,18 @@ def source(
     sizes: the constants of the enum; options: more of them, or others; more: kernels of the test's own, behind the ops.
     """
     environment, folder = render.environment(), render.templates_folder()
-    names = [f"cuda/{name}.j2" for name in PRELUDE if arch == "sm_90a" or not name.endswith("_sm90")]
-    names = [n for n in [*names, *(f"cuda/ops/{op}.j2" for op in ops)] if (folder / n).exists() or "/ops/" in n]
-    chosen = kernels.options(model) | {"precision": precision, "residual": residual, "arch": arch} | dict(options or {})
+    hopper = arch == "sm_90a"
+    names = [n for n in dict.fromkeys([*kernels.PRELUDE["cuda"], *HOPPER_PRELUDE]) if hopper or n not in HOPPER_PRELUDE]
+    names = [n for n in names if (folder / n).exists()] + [f"cuda/ops/{op}.j2" for op in ops]
+    names = list(dict.fromkeys(sorted(names, key=lambda n: "/ptx" not in n)))
+    chosen = kernels.options(model) | {
+        "precision": precision,
+        "residual": "fp32" if precision == "fp32" else residual,
+        "arch": arch,
+        "hopper": hopper,
+        "products": products.options((), precision, 108),
+        **(options or {}),
+    }
 
     def section(wanted: frozenset) -> str:
         return "".join(environment.get_template(n).render(functions=wanted, options=chosen) for n in names)
@@ -261,12 +270,12 @@ class Library:
         whole = np.concatenate([zone, content, zone])
         memory = self._library.harness_malloc(ctypes.c_size_t(whole.nbytes))
         self._check(name)
-        self._library.harness_to(ctypes.c_void_p(memory), ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(whole.nbytes))
+        self._library.harness_copy(ctypes.c_void_p(memory), ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(whole.nbytes))
         return memory + self._guard, content.nbytes, name
 
     def _bytes(self, address: int, size: int) -> np.ndarray:
         got = np.empty(size, np.uint8)
-        self._library.harness_from(ctypes.c_void_p(got.ctypes.data), ctypes.c_void_p(address), ctypes.c_size_t(size))
+        self._library.harness_copy(ctypes.c_void_p(got.ctypes.data), ctypes.c_void_p(address), ctypes.c_size_t(size))
         return got
 
     def _guarded(self, buffer: tuple[int, int, str]) -> bool:

@@ -108,7 +108,7 @@ def _launches(text: str) -> str:
         stream = shape[3] if len(shape) > 3 else "nullptr"
         call = (
             f'emulator::start("{re.sub(r"[^A-Za-z0-9_]+", " ", kernel).strip()}", emulator::shape({", ".join(shape[:3])}), '
-            f"(void *)({stream}), [](auto... a) {{ {kernel}(a...); }}{', ' if arguments else ''}{arguments})"
+            f"(void *)({stream}), [=](auto... a) {{ {kernel}(a...); }}{', ' if arguments else ''}{arguments})"
         )
         text = text[:start] + _kept_lines(call, text[start:end]) + text[end + 1 :]
     return text
