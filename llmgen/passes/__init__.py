@@ -1,22 +1,23 @@
 """Rewrites of the graph, chosen per target."""
 
+from llmgen.config import ProgramConfig
 from llmgen.graph import Graph
-from llmgen.passes import fusion, recompute
+from llmgen.passes import fusion, precision, recompute
 
 
-def for_target(graph: Graph, target: str, chunk: int, again: str = "none") -> Graph:
-    """The graph as a target computes it.
-
-    chunk: rows of logits the classifier holds at a time. again: the config's `recompute`.
-    """
+def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) -> Graph:
+    """The graph as a target computes it. chunk: rows of logits the classifier holds at a time."""
     functions = []
     for function in graph.functions:
-        if again == "cheap":
+        if program.recompute == "cheap":
             function = recompute.cheap(function)
         function = fusion.join_segments(function)
         function = fusion.add_into(function)
         function = fusion.linear_gelu(function)
         function = fusion.linear_backward_gelu(function)
         function = fusion.classifier(function, chunk)
+        if target == "cuda":
+            function = fusion.bias_sums(function)
         functions.append(function)
-    return Graph(graph.parameters, tuple(functions))
+    graph = Graph(graph.parameters, tuple(functions))
+    return precision.bf16(graph, program.residual_precision) if program.precision == "bf16" else graph
