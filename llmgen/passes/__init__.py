@@ -16,6 +16,8 @@ def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) ->
         function = fusion.linear_gelu(function)
         function = fusion.linear_backward_gelu(function)
         function = fusion.classifier(function, chunk)
+        if target == "cuda":
+            function = fusion.bias_sums(function)
         functions.append(function)
     graph = Graph(graph.parameters, tuple(functions))
     return precision.bf16(graph, program.residual_precision) if program.precision == "bf16" else graph
