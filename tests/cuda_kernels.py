@@ -24,7 +24,7 @@ import numpy as np
 from llmgen import kernels, render
 from llmgen.config import ModelConfig
 
-PRELUDE = ("ptx", "ptx_sm90", "reduce", "gemm", "gemm_sm90")  # those that there are
+PRELUDE = ("ptx", "ptx_sm90", "reduce", "ops/gelu", "gemm", "gemm_sm90")  # those that there are
 GUARD = 1024  # bytes before and behind each buffer
 DEVICES = ("emulator", "gpu")
 
@@ -96,6 +96,7 @@ def source(
     environment, folder = render.environment(), render.templates_folder()
     names = [f"cuda/{name}.j2" for name in PRELUDE if arch == "sm_90a" or not name.endswith("_sm90")]
     names = [n for n in [*names, *(f"cuda/ops/{op}.j2" for op in ops)] if (folder / n).exists() or "/ops/" in n]
+    names = list(dict.fromkeys(names))
     chosen = kernels.options(model) | {"precision": precision, "residual": residual, "arch": arch} | dict(options or {})
 
     def section(wanted: frozenset) -> str:
