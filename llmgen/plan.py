@@ -148,16 +148,19 @@ class Plan:
 
     @property
     def functions(self) -> frozenset[str]:
-        """Names of the kernels that the program calls."""
+        """Names of the kernels that the program calls, besides those that templates/cuda/model.j2 names."""
         blocks = (*self.forward_backward.blocks, *self.evaluate.blocks)
         called = {call.function for block in blocks for call in block.calls}
-        return frozenset(called | {op.kind.function for op in self.graph.function("update").ops()})
+        if self.target == "c":
+            called |= {op.kind.function for op in self.graph.function("update").ops()}
+        return frozenset(called)
 
     @property
     def templates(self) -> list[str]:
         """The op templates they stand in, in the order of their first use."""
         made = [op for f in self.graph.functions for op in f.ops() if not isinstance(op.kind, View)]
-        return list(dict.fromkeys(op.kind.template for op in made))
+        templates = dict.fromkeys(op.kind.template for op in made)
+        return list(templates | {"copy": None} if self.has_master_weights else templates)  # it rounds the master weights
 
     @property
     def workspace(self) -> int:

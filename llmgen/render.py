@@ -75,8 +75,8 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
     env.filters["floats_from_gpu"] = "{}".format if plan.target == "c" else lambda at, n: f"floats_from_gpu({at}, {n})"
 
     def section(functions: frozenset) -> str:
-        parts = [env.get_template(t).render(context, functions=functions) for t in context["kernel_templates"]]
-        return "".join(parts)
+        names = [*context["kernel_templates"], f"{plan.target}/model.j2"]  # what the model calls, it needs
+        return "".join(env.get_template(name).render(context, functions=functions) for name in names)
 
     functions = kernels.with_helpers(plan.functions, context["kernel_templates"], templates_folder(), section)
     return tidy(env.get_template(TEMPLATES[plan.target]).render(context, functions=functions))

@@ -1834,7 +1834,8 @@ static int draw_token(const float *logits, double temperature, double coin) {
 static void print_sample(const Settings *s, int step) {
     static int tokens[WINDOW];
     if (prompt_length == 0) prompt[prompt_length++] = tokenizer.end_of_text;
-    const int window = s->prompt_tokens ? WINDOW : T;
+    int window = T;
+    if (s->prompt_tokens) window = WINDOW;
     int t = prompt_length;
     memcpy(tokens, prompt, (size_t)t * sizeof(int));
     say("sample at step %d:\n", step);
