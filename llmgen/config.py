@@ -122,6 +122,12 @@ class TrainConfig:
     sample_length: int = 64
     shuffle: bool = False
     seed: int = 1337
+    overfit_batch: bool = False
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 0
+    checkpoint_major: int = 0
+    skip_loss_z: float = 0.0
+    skip_norm_z: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -350,7 +356,8 @@ def check(config: Config, target: str, source: str) -> None:
     if not 0 <= train.final_lr_fraction <= 1:
         refuse(f"final_lr_fraction = {train.final_lr_fraction} must be from 0 to 1")
     counts = ("total_batch_size", "warmup_steps", "val_every", "val_steps", "sample_every", "sample_length", "seed")
-    for name in counts:
+    checkpoints = ("checkpoint_every", "checkpoint_keep", "checkpoint_major")
+    for name in (*counts, *checkpoints, "skip_loss_z", "skip_norm_z"):
         if getattr(train, name) < 0:
             refuse(f"{name} = {getattr(train, name)} must not be negative")
     micro_batch = program.batch_size * program.seq_len

@@ -135,6 +135,8 @@ def _shared(text: str) -> str:
         check = (
             f' if ((uintptr_t){name} % ({alignment})) emulator::fail("dynamic shared memory: alignment");' if alignment else ""
         )
+        if match.start() == 0 or match.string[match.start() - 1] == "\n":  # outside of functions
+            return f"#define {name} (({type_} *)emulator::dynamic_shared())"
         return f"{type_} *{name} = ({type_} *)emulator::dynamic_shared();{check}"
 
     def static(match: re.Match) -> str:

@@ -86,6 +86,11 @@ static inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribu
     emulator::shared_allowed = std::max<size_t>(emulator::shared_allowed, value);
     return cudaSuccess;
 }
+struct cudaFuncAttributes {};
+template <class Kernel>
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel) {
+    return cudaSuccess;
+}
 template <class Kernel>
 static inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel, int, size_t) {
     *blocks = 1;
