@@ -3,8 +3,7 @@
 - A document is a file, or a row of a JSON lines or Parquet file; end-of-text stands before each. Files come in byte order
   of their paths.
 - Validation: whole documents, chosen by a hash of their path below the source (of a row `#` and its number behind, but never
-  the first row of a file); of
-  a single document, its last tokens.
+  the first row of a file); of a single document, its last tokens.
 - Text streams through in pieces, cut only where the tokenizer has a boundary whatever stands on either side, so the ids
   equal those of encoding the whole document (see `llmgen.tokenization`). Memory does not grow with the input.
 - The same sources give the same bytes. All files of an export appear together, or none does.
