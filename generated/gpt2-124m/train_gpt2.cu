@@ -316,7 +316,7 @@ static void *allocate_tensors(size_t bytes) {
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
             (size_t)8876217856, had, had > fixed + each ? (had - fixed) / each : 1);
     }
-    cudaCheck(cudaMemset(memory, 0, bytes));
+    cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
     return memory;
 }
