@@ -63,7 +63,7 @@ static cudaError_t harness_error;
 _SETUP = """
 extern "C" void *harness_malloc(size_t size) { void *p = NULL; cudaCheck(cudaMalloc(&p, size)); return p; }
 extern "C" void harness_free(void *p) { cudaCheck(cudaFree(p)); }
-extern "C" void harness_copy(void *to, const void *from, size_t size) { cudaCheck(cudaMemcpy(to, from, size, cudaMemcpyDefault)); }
+extern "C" void harness_copy(void *to, const void *from, size_t n) { cudaCheck(cudaMemcpy(to, from, n, cudaMemcpyDefault)); }
 extern "C" void harness_setup(void *scratch_memory, void *turns_memory) {
     if (!stream) cudaCheck(cudaStreamCreate(&stream));
     scratch = (float *)scratch_memory, turns = (int *)turns_memory;

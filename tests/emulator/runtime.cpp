@@ -91,10 +91,11 @@ void wait_for(const char *what, uint64_t detail, int line) {
     next();
 }
 
-bool finish_oldest(void) {
+bool finish_one(void) {
     if (pending.empty()) return false;
-    Action action = pending.front();
-    pending.pop_front();
+    Action action = random_bit() ? pending.front() : pending.back(); /* they are in no order */
+    if (random_state >> 31) pending.pop_front();
+    else pending.pop_back();
     action();
     fruitless = 0;
     return true;
@@ -109,7 +110,7 @@ void spin(const volatile void *address, uint64_t value, const char *what) {
         return;
     }
     current->waits_for = what, current->detail = (uint64_t)(uintptr_t)address, current->line = 0;
-    if (++fruitless > 2 * ready.size() + 2 && !finish_oldest()) { /* all others have looked since, and nothing has changed */
+    if (++fruitless > 2 * ready.size() + 2 && !finish_one()) { /* all others have looked since, and nothing has changed */
         error = deadlock();
         to_scheduler();
     }
@@ -378,6 +379,11 @@ static void thread_main(void) {
     Fibre *self = current;
     Block *b = self->block;
     Warp &w = b->warps[self->warp];
+    for (StoreGroup &g : self->stores) {
+        if (!g.reads.empty()) fail("the thread ends before its bulk stores have been read");
+        for (Action &write : g.writes) later(write);
+    }
+    self->stores.clear();
     self->done = true;
     self->waits_for = "";
     fruitless = 0;
@@ -415,7 +421,7 @@ static Fibre *new_fibre(void) {
     for (int i = 0; i < 6; i++) *--sp = nullptr;
     f->sp = sp;
     f->done = false, f->waits_for = "", f->detail = 0, f->line = 0, f->spins_on = nullptr;
-    f->copies.clear(), f->groups.clear(), f->stores.clear(), f->store_groups.clear();
+    f->copies.clear(), f->groups.clear(), f->stores.clear();
     return f;
 }
 
@@ -505,7 +511,7 @@ int launch(const Launch &l) {
             for (int rank = 0; rank < cluster; rank++) c->blocks.push_back(start_block(started++, rank, c));
         }
         if (resident.empty()) break;
-        if (ready.empty() && !finish_oldest()) {
+        if (ready.empty() && !finish_one()) {
             error = deadlock();
             break;
         }
@@ -517,7 +523,7 @@ int launch(const Launch &l) {
         current = nullptr;
         if (last->done && last->block->live == 0) end_block(last->block);
     }
-    while (error.empty() && finish_oldest()) {}
+    while (error.empty() && finish_one()) {}
     current = nullptr;
     while (!resident.empty()) {
         end_block(resident.back());
