@@ -36,8 +36,8 @@ FUNCTIONS = {
     "classifier_forward": "float *losses, floatX *logits, const floatX *inp, const floatX *weight, const int *targets, int n",
     "classifier_forward_backward": "float *losses, floatX *dinp, float *dweight, floatX *logits, const floatX *inp, "
     "const floatX *weight, const int *targets, float loss_scale, int n, int accumulate",
-    "adamw": "float *param, floatX *working, float *m, float *v, const float *grad, const float *squared_norm, float grad_clip, "
-    "float learning_rate, float beta1, float beta2, float epsilon, int step, int n",
+    "adamw": "float *param, floatX *working, float *m, float *v, const float *grad, const float *squared_norm, "
+    "float grad_clip, float learning_rate, float beta1, float beta2, float epsilon, int step, int n",
     "muon": "float *param, floatX *working, float *m, const float *grad, const float *squared_norm, float grad_clip, "
     "float learning_rate, float weight_decay, int rows, int columns, float *room",
     "norm": "float *out, const float *x, int n",
@@ -46,8 +46,8 @@ FUNCTIONS = {
     "rope_forward": "floatX *out, const floatX *inp, const float *cosines, const float *sines, int b, int t",
     "rope_backward": "floatX *dinp, const floatX *dout, const float *cosines, const float *sines, int b, int t",
     "qk_norm_forward": "floatX *out, float *rstd, const floatX *inp, const floatX *qweight, const floatX *kweight, int n",
-    "qk_norm_backward": "floatX *dinp, float *dqweight, float *dkweight, const floatX *dout, const floatX *inp, const float *rstd, "
-    "const floatX *qweight, const floatX *kweight, int n, int accumulate",
+    "qk_norm_backward": "floatX *dinp, float *dqweight, float *dkweight, const floatX *dout, const floatX *inp, "
+    "const float *rstd, const floatX *qweight, const floatX *kweight, int n, int accumulate",
     "add_forward": "floatR *out, const floatX *a, const floatR *b, size_t n",
     "multiply_forward": "floatX *out, const floatX *a, const floatR *b, size_t n",
     "scale_forward": "floatR *out, const floatX *inp, float factor, size_t n",
@@ -79,8 +79,8 @@ __global__ void copy_double_kernel(float *to, const double *from) { *to = (float
 __global__ void make_double_kernel(double *to, const float *from) { *to = (double)*from; }
 """
 ADAMW = """
-static void adamw(float *param, floatX *working, float *m, float *v, const float *grad, const float *squared_norm, float grad_clip,
-                  float learning_rate, float beta1, float beta2, float epsilon, int step, int n) {
+static void adamw(float *param, floatX *working, float *m, float *v, const float *grad, const float *squared_norm,
+                  float grad_clip, float learning_rate, float beta1, float beta2, float epsilon, int step, int n) {
     make_double_kernel<<<1, 1, 0, stream>>>((double *)scratch, squared_norm);
     Tensors tensors = {3, {(size_t)n / 3 / 4 * 4, (size_t)n / 2 / 4 * 4, (size_t)n}, {0.1f, NOT_ADAMW, 0.0f}};
     adamw_update(param, WORKING m, v, grad, &tensors, (double *)scratch, grad_clip, learning_rate, beta1, beta2, epsilon, step);
