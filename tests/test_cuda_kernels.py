@@ -30,7 +30,7 @@ def rng():
 
 def own(folder, device, kernels: str, **functions: str) -> cuda_kernels.Library:
     """A library of the test's own kernels."""
-    return cuda_kernels.build(folder, device, {}, MODEL, [], functions, more=kernels)
+    return cuda_kernels.build(folder, device, {"C": 16}, MODEL, [], functions, more=kernels)
 
 
 # A product of 32x32 matrices by one warp in the way the real kernels go about it: c = a . b^T, a and b (32, 32).
@@ -154,7 +154,7 @@ def test_a_deadlock_is_reported(folder):
     with pytest.raises(cuda_kernels.Failure, match=r"deadlock") as error:
         library.in_turn(np.zeros(4, np.int32), 1)
     assert "1 threads (first 0, last 0) wait for a load in a loop" in str(error.value)
-    assert "63 threads (first 1, last 63) wait for __syncthreads, line" in str(error.value)
+    assert "63 threads (first 1, last 63) wait for __syncthreads at " in str(error.value)
     library.in_turn(np.zeros(4, np.int32), 0)  # and it can be used again
 
 
