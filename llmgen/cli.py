@@ -141,12 +141,13 @@ def run(out, flags, **choices):
 @click.option("--val-fraction", type=float, default=0.05, show_default=True, metavar="X", help="Held out for validation.")
 @click.option("--shard-size", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens in a file.")
 @click.option("--errors", default="strict", show_default=True, metavar="HOW", help="What is not UTF-8: strict or replace.")
-def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors):
-    """Encodes text files and folders as token shards."""
+@click.option("--text-field", default="text", show_default=True, metavar="F", help="Of JSON lines and Parquet.")
+def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, text_field):
+    """Encodes text files and folders as token shards; of .jsonl and .parquet files each row is a document."""
     from llmgen import data
 
     with data.terminal_progress("export-tokens") as progress:
-        made = data.export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, progress)
+        made = data.export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, progress, text_field)
     click.echo(made.summary())
 
 

@@ -35,7 +35,7 @@ FLAGS = (
     Flag("train-data", "i", "text", "GLOB", "token shards to train on, taken in order"),
     Flag("val-data", "j", "text", "GLOB", "token shards to validate on"),
     Flag("tokenizer", "", "text", "FILE", "table of the tokens' texts, to print samples"),
-    Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl"),
+    Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl and checkpoints"),
     Flag("steps", "x", "integer", "N", "optimizer steps; -1 is one epoch, 0 trains nothing", minimum=-1),
     Flag("total-batch-size", "d", "integer", "N", "tokens in an optimizer step: whole micro-batches"),
     Flag("batch-size", "b", "integer", "N", "sequences in a micro-batch: fixed when the program is built", minimum=1),
@@ -57,6 +57,13 @@ FLAGS = (
     Flag("temperature", "", "real", "X", "of samples; 0 takes the most probable token", default=1.0),
     Flag("shuffle", "", "switch", "0|1", "take the training data in an order of its own each epoch, by --seed"),
     Flag("seed", "", "integer", "N", "of the first weights, the samples and the shuffling"),
+    Flag("overfit-batch", "a", "switch", "0|1", "train on the first batch again and again"),
+    Flag("checkpoint-every", "n", "integer", "N", "write a checkpoint to --log-dir every N steps and at the end; 0 is never"),
+    Flag("checkpoint-keep", "nk", "integer", "K", "keep the latest K checkpoints; 0 keeps all"),
+    Flag("checkpoint-major", "nm", "integer", "N", "keep those of every N-th step for good; 0 is none"),
+    Flag("resume", "y", "switch", "0|1", "go on from the latest checkpoint in --log-dir, if there is one", default=False),
+    Flag("skip-loss-z", "sl", "real", "X", "no update where the loss is X deviations above the last 128; 0 is off"),
+    Flag("skip-norm-z", "sg", "real", "X", "the same for the norm of the gradients"),
     Flag("debug-state", "", "text", "FILE", "write logits, loss and gradients of the first step here; train nothing"),
 )
 

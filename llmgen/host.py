@@ -4,7 +4,7 @@ import json
 
 from llmgen import flags, models
 from llmgen.config import BYTE_VOCABULARY, Config
-from llmgen.formats import debug_state, files, tokenizer, tokens, weights
+from llmgen.formats import debug_state, files, tokenizer, tokens, training_state, weights
 
 # a field of a weights header -> the constant of the generated program that it must equal
 _SIZES = {
@@ -43,4 +43,6 @@ def context(config: Config) -> dict:
         "token_versions": {kind: version for kind, (version, _) in tokens.LAYOUTS.items()},
         "tokenizer_1": tokenizer.VERSION_1,
         "debug_state_version": debug_state.VERSIONS[layout],
+        "state_version": training_state.VERSION,
+        "state_entries": training_state.ENTRIES,
     }
