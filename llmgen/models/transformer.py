@@ -257,9 +257,14 @@ def decode(config: Config) -> Function:
     return Function("decode", (*body, Segment("head", tuple(g.ops))), (tokens, sequences, positions, wanted), (logits,))
 
 
+def context_tokens(config: Config) -> int:
+    """Tokens of the longest sequence that is generated: as many as the model allows within reason."""
+    return min(config.model.max_seq_len, LONGEST_EVALUATION)
+
+
 def cached_tokens(config: Config) -> int:
-    """Tokens of a sequence that `decode` can hold: as many as the model allows within reason, and up to a whole cache line."""
-    return -(-min(config.model.max_seq_len, LONGEST_EVALUATION) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    """Tokens that the cache of a sequence has room for."""
+    return -(-context_tokens(config) // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
 
 def update(config: Config) -> Function:
