@@ -1732,7 +1732,7 @@ static const int *load_training_sample(const Settings *s, Loader *data, int64_t 
     return load_sample(data, s->shuffle ? shuffled(k % n, n, mix_bits((uint64_t)s->seed) + (uint64_t)(k / n)) : k);
 }
 
-/* ---- tokenizer and sampler --------------------------------------------------------------------------------------- */
+/* ---- tokenizer --------------------------------------------------------------------------------------------------- */
 
 enum { TOKENIZER_MAGIC = 20240328 };
 
@@ -1795,6 +1795,8 @@ static void print_token(int token) {
     }
     say("%d ", token);
 }
+
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
 
 enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
 
