@@ -66,6 +66,10 @@ class GenerationPlan:
         return templates(self.graph)
 
     @property
+    def has_master_weights(self) -> bool:
+        return False
+
+    @property
     def state_values(self) -> int:
         """Values of one sequence in the cache."""
         return sum(state.values for state in self.states)
