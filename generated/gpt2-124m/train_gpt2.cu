@@ -952,7 +952,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     constexpr int HIGH = ROWS / Tile::WARPS_M, WIDE = COLUMNS / Tile::WARPS_N; /* of a warp's rectangle */
     constexpr int M16 = HIGH / 16, N16 = WIDE / 16, K16 = DEPTH / 16;
     static_assert(K16 % 2 == 0 && HIGH % 16 == 0 && (WIDE == 32 || WIDE == 64), "");
-    extern __shared__ __align__(1024) unsigned char shared[];
+    extern __shared__ __align__(128) unsigned char shared[];
 
     const int tile_rows = (m + ROWS - 1) / ROWS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
     const int steps = (k + DEPTH - 1) / DEPTH;
@@ -1056,9 +1056,9 @@ template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra
 static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts) {
     constexpr int SHARED = Tile::STAGES * (Tile::ROWS + Tile::COLUMNS) * Tile::DEPTH * 2;
     const int tiles = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS);
-    const auto kernel = matmul_kernel<Tile, LAYOUT, THEN, ALIGNED, Out, Extra>;
-    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    kernel<<<dim3(tiles, parts), Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k);
+    cudaCheck(cudaFuncSetAttribute(matmul_kernel<Tile, LAYOUT, THEN, ALIGNED, Out, Extra>,
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<dim3(tiles, parts), Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1107,8 +1107,11 @@ __global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp
 template <class Inp>
 static void column_sums(float *out, const Inp *inp, int n, int columns, int accumulate) {
     const int parts = min((n + 63) / 64, 64);
-    const auto kernel = columns % 4 == 0 ? column_sums_kernel<true, Inp> : column_sums_kernel<false, Inp>;
-    kernel<<<dim3((columns + 127) / 128, parts), 256, 0, stream>>>(scratch, inp, n, columns);
+    const dim3 grid((columns + 127) / 128, parts);
+    if (columns % 4 == 0)
+        column_sums_kernel<true><<<grid, 256, 0, stream>>>(scratch, inp, n, columns);
+    else
+        column_sums_kernel<false><<<grid, 256, 0, stream>>>(scratch, inp, n, columns);
     cudaCheck(cudaGetLastError());
     sum_parts(out, parts, (size_t)columns, accumulate);
 }
@@ -2699,7 +2702,7 @@ static const int *load_training_sample(const Settings *s, Loader *data, int64_t 
     return load_sample(data, s->shuffle ? shuffled(k % n, n, mix_bits((uint64_t)s->seed) + (uint64_t)(k / n)) : k);
 }
 
-/* ---- tokenizer and sampler --------------------------------------------------------------------------------------- */
+/* ---- tokenizer --------------------------------------------------------------------------------------------------- */
 
 enum { TOKENIZER_MAGIC = 20240328 };
 
@@ -2762,6 +2765,8 @@ static void print_token(int token) {
     }
     say("%d ", token);
 }
+
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
 
 enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
 
