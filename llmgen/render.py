@@ -68,6 +68,7 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "memory": plan.memory,
         "options": kernels.options(config.model, plan.evaluation_tokens),
+        "model_template": f"{plan.target}/model.j2",
         "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
     }
     if plan.target == "cuda":
@@ -94,6 +95,7 @@ def generation(plan: GenerationPlan) -> str:
         "model": config.model,
         "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "options": kernels.options(config.model, cached=True),
+        "model_template": "c/generate_model.j2",
         "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
         "letters": numbers(characters.LETTERS),
         "numbers": numbers(characters.NUMBERS),
@@ -109,7 +111,7 @@ def _rendered(template: str, plan: Plan | GenerationPlan, context: dict, stateme
     env.filters["floats_from_gpu"] = "{}".format if plan.target == "c" else lambda at, n: f"floats_from_gpu({at}, {n})"
 
     def section(functions: frozenset) -> str:
-        names = [*context["kernel_templates"], f"{plan.target}/model.j2"]  # what the model calls, it needs
+        names = [*context["kernel_templates"], context["model_template"]]  # what the model calls, it needs
         return "".join(env.get_template(name).render(context, functions=functions) for name in names)
 
     functions = kernels.with_helpers(plan.functions, context["kernel_templates"], templates_folder(), section)
