@@ -11,6 +11,7 @@ from llmgen import plan as plans
 from llmgen.config import BYTE_VOCABULARY, GPT2_VOCABULARY, Config
 from llmgen.errors import UserError
 from llmgen.flags import program_flags
+from llmgen.generation import GenerationPlan
 from llmgen.plan import Plan
 
 # How `llmgen run` trains where no data is named: fields of [train], unless the config or the program's flags say them.
@@ -68,14 +69,34 @@ def folder(config: Config, out: str | os.PathLike | None) -> Path:
 
 
 def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
-    """Render the source, and compile it where it changed. Raises UserError."""
-    from llmgen import render, toolchain
-    from llmgen.formats import files
+    """Render the source of the program that trains, and compile it where it changed. Raises UserError."""
+    from llmgen import render
 
     made = plan(config, target, cpu, arch)
-    text = render.source(made)
-    where = folder(config, out)
-    name = f"train_{config.family}"
+    return _build(f"train_{config.family}", render.source(made), made, folder(config, out), compile)
+
+
+def build_generation(config, target, cpu, out, *, compile: bool = True) -> Built:
+    """The same for the program that generates."""
+    from llmgen import generation, render
+
+    made = generation.make(config, target, cpu)
+    return _build(f"generate_{config.family}", render.generation(made), made, folder(config, out), compile)
+
+
+def cached_folder(config: Config, cpu: str) -> Path:
+    """Where a program that generates is kept: one for each model's shape and processor."""
+    from llmgen import cpu as processors
+    from llmgen import data
+
+    return data.default_cache() / "generate" / f"{config.name}-{processors.resolve(cpu).name}"
+
+
+def _build(name: str, text: str, made: Plan | GenerationPlan, where: Path, compile: bool) -> Built:
+    from llmgen import toolchain
+    from llmgen.formats import files
+
+    target = made.target
     source = where / (f"{name}.cu" if target == "cuda" else f"{name}.c")
     if not source.is_file() or source.read_text() != text:
         with files.replacing(source) as output:
