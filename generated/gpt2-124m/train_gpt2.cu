@@ -566,7 +566,13 @@ template <int N, class Value>
 __device__ __forceinline__ Pack<Value, N> load_pack(const Value *p) { return *(const Pack<Value, N> *)p; }
 
 template <int N, class Value>
-__device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack) { *(Pack<Value, N> *)p = pack; }
+__device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack) {
+    if (sizeof pack % 16 == 0) { /* so that the compiler does not take it apart */
+        for (int i = 0; i < (int)(sizeof pack / 16); i++) ((uint4 *)p)[i] = ((const uint4 *)&pack)[i];
+    } else {
+        *(Pack<Value, N> *)p = pack;
+    }
+}
 
 /* How many values of a row of c can move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
 constexpr int pack_width(int c) {
