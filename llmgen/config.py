@@ -27,7 +27,7 @@ BYTE_VOCABULARY = 257  # every byte, and end-of-text
 GPT2_VOCABULARY = 50257
 VOCABULARY_MULTIPLE = 128  # vocabulary rows are padded to a multiple of this
 ALWAYS_STATED = ("batch_size", "seq_len", "precision")  # in the generated source, whatever the defaults are
-RECOMPUTES = ("none", "cheap")
+RECOMPUTES = ("none", "cheap", "block")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 INT_MAX = 2**31 - 1
@@ -97,7 +97,7 @@ class ProgramConfig:
     seq_len: int = 64  # tokens in each of them
     precision: str = "fp32"
     residual_precision: str = "bf16"  # of the residual stream, where precision is bf16
-    recompute: str = "none"  # cheap: the backward computes norms and activations again instead of keeping them
+    recompute: str = "none"  # cheap: the backward computes norms and activations again; block: all of a block
     optimizer: str = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
 
 

@@ -53,6 +53,8 @@ static const size_t SCRATCH_BYTES = {scratch};
 static cudaStream_t stream;
 static float *scratch;
 static int *turns;
+static FILE *logits_file;
+static void write_logits(const floatX *, int) {{}}
 static cudaError_t harness_error;
 #define cudaCheck(call) do {{ cudaError_t e = (call); if (e != cudaSuccess && !harness_error) harness_error = e; }} while (0)
 
@@ -61,7 +63,7 @@ static cudaError_t harness_error;
 _SETUP = """
 extern "C" void *harness_malloc(size_t size) { void *p = NULL; cudaCheck(cudaMalloc(&p, size)); return p; }
 extern "C" void harness_free(void *p) { cudaCheck(cudaFree(p)); }
-extern "C" void harness_copy(void *to, const void *from, size_t size) { cudaCheck(cudaMemcpy(to, from, size, cudaMemcpyDefault)); }
+extern "C" void harness_copy(void *to, const void *from, size_t n) { cudaCheck(cudaMemcpy(to, from, n, cudaMemcpyDefault)); }
 extern "C" void harness_setup(void *scratch_memory, void *turns_memory) {
     if (!stream) cudaCheck(cudaStreamCreate(&stream));
     scratch = (float *)scratch_memory, turns = (int *)turns_memory;

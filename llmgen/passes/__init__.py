@@ -9,8 +9,8 @@ def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) ->
     """The graph as a target computes it. chunk: rows of logits the classifier holds at a time."""
     functions = []
     for function in graph.functions:
-        if program.recompute == "cheap":
-            function = recompute.cheap(function)
+        if program.recompute != "none":
+            function = getattr(recompute, program.recompute)(function)
         function = fusion.join_segments(function)
         function = fusion.add_into(function)
         function = fusion.linear_gelu(function)

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 # Misaligned accesses and indices outside of arrays trap, which the emulator reports.
 FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-g1", "-fno-gnu-unique", "-fPIC", "-fno-strict-aliasing", "-w"),
+    *("-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"),
     *("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"),
 ]
 
@@ -31,9 +32,9 @@ def compile(source: Path, program: Path, shared: bool = False) -> None:
     """Compiles a .cu to a program (or a shared library) that runs here. Raises RuntimeError with what the compiler says."""
     text = program.with_name(program.name + ".emulated.cpp")
     text.write_text(translate(source.read_text(), source.name))
-    objects = [_runtime(name, program.parent) for name in ("runtime", "cuda")]
+    objects = [_runtime(name, program.parent) for name in ("runtime", "cuda", "hopper")]
     link = ["-shared", "-Wl,-Bsymbolic"] if shared else []
-    _run(["g++", *FLAGS, f"-I{FOLDER}", str(text), *map(str, objects), *link, "-o", str(program)])
+    _run(["g++", *FLAGS, f"-I{FOLDER}", str(text), *map(str, objects), *link, "-ldl", "-o", str(program)])
 
 
 def _runtime(name: str, folder: Path) -> Path:
@@ -43,7 +44,7 @@ def _runtime(name: str, folder: Path) -> Path:
     if not compiled.exists():
         temporary = compiled.with_suffix(f".{os.getpid()}")
         flags = [f for f in FLAGS if "sanitize" not in f]
-        _run(["g++", *flags, "-Wall", "-Wextra", "-c", str(FOLDER / f"{name}.cpp"), "-o", str(temporary)])
+        _run(["g++", *flags, "-O3", "-c", str(FOLDER / f"{name}.cpp"), "-o", str(temporary)])
         temporary.rename(compiled)
     return compiled
 
@@ -57,6 +58,7 @@ def _run(command: list[str]) -> None:
 def translate(text: str, name: str = "source.cu") -> str:
     """C++ of a .cu; line numbers stay those of the .cu."""
     text = re.sub(r"#include <(cuda\w*|cuda/\w+)\.h>", '#include "cuda.h"', text)
+    text = re.sub(r"\b__noinline__\b", "__attribute__((noinline))", text)
     for replace in (_asm, _launches, _shared):
         text = replace(text)
     return f'#include "cuda.h"\n#line 1 "{name}"\n{text}'

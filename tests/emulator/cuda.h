@@ -1,6 +1,8 @@
 /* The part of the CUDA runtime's interface that the generated programs use. Streams run their work at once, or record it. */
 #pragma once
-#include "ptx.h"
+#include "hopper.h"
+
+#define CUDART_VERSION 13000
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -62,6 +64,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags = 0);
+static inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags) {
+    return cudaGraphInstantiate(exec, graph, flags);
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
@@ -86,11 +91,6 @@ static inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribu
     emulator::shared_allowed = std::max<size_t>(emulator::shared_allowed, value);
     return cudaSuccess;
 }
-struct cudaFuncAttributes {};
-template <class Kernel>
-static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel) {
-    return cudaSuccess;
-}
 template <class Kernel>
 static inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel, int, size_t) {
     *blocks = 1;
@@ -100,4 +100,60 @@ template <class T>
 static inline cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes, size_t offset = 0, cudaMemcpyKind = cudaMemcpyHostToDevice) {
     memcpy((char *)&symbol + offset, from, bytes);
     return cudaSuccess;
+}
+
+/* ---- launches with attributes, the driver's functions ---- */
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4,
+                             cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttributeValue {
+    struct { unsigned x, y, z; } clusterDim;
+    int cooperative, programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+
+static inline emulator::Launch emulator_shape(const cudaLaunchConfig_t *c) {
+    emulator::Launch l = emulator::shape(c->gridDim, c->blockDim, c->dynamicSmemBytes);
+    for (unsigned i = 0; i < c->numAttrs; i++) {
+        const cudaLaunchAttribute &a = c->attrs[i];
+        if (a.id == cudaLaunchAttributeClusterDimension) l.cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
+        if (a.id == cudaLaunchAttributeCooperative) l.together = a.val.cooperative;
+    }
+    return l;
+}
+template <class... Parameters, class... Args>
+static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(Parameters...), Args... args) {
+    return (cudaError_t)emulator::start("kernel", emulator_shape(c), c->stream, kernel, static_cast<Parameters>(args)...);
+}
+template <class Kernel>
+static inline cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, Kernel, const cudaLaunchConfig_t *c) {
+    *clusters = std::max(1, emulator::MULTIPROCESSORS / (int)emulator_shape(c).cluster.x);
+    return c->dynamicSmemBytes > emulator::shared_allowed ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+struct cudaFuncAttributes { size_t sharedSizeBytes; int numRegs, maxThreadsPerBlock; };
+template <class Kernel>
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, Kernel) {
+    *a = cudaFuncAttributes{0, 64, 1024};
+    return cudaSuccess;
+}
+
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+enum { cudaEnableDefault = 0 };
+static inline cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, unsigned long long,
+                                                  cudaDriverEntryPointQueryResult *found = nullptr) {
+    *function = strcmp(name, "cuTensorMapEncodeTiled") ? nullptr : (void *)cuTensorMapEncodeTiled;
+    if (found) *found = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return *function ? cudaSuccess : cudaErrorInvalidValue;
+}
+static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned, unsigned long long flags,
+                                                           cudaDriverEntryPointQueryResult *found = nullptr) {
+    return cudaGetDriverEntryPoint(name, function, flags, found);
 }

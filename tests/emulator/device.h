@@ -13,7 +13,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
@@ -21,8 +20,7 @@
 
 #define threadIdx (emulator::current->thread)
 #define blockIdx (emulator::current->block->index)
-#define blockDim (emulator::launched.block)
-#define gridDim (emulator::launched.grid)
+static const dim3 &blockDim = emulator::launched.block, &gridDim = emulator::launched.grid; /* names of members too */
 static constexpr int warpSize = 32;
 
 /* ---- vectors ---- */
@@ -85,6 +83,19 @@ static inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 b) { return b.y; }
 static inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) { return fmaxf(a, b); }
 static inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) { return {(float)a.x * (float)b.x, (float)a.y * (float)b.y}; }
 static inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {(float)a.x + (float)b.x, (float)a.y + (float)b.y}; }
+
+/* ---- fp16 ---- */
+
+typedef _Float16 __half;
+struct alignas(4) __half2 { __half x, y; };
+static inline __half2 __floats2half2_rn(float x, float y) { return {(__half)x, (__half)y}; }
+static inline __half2 __float2half2_rn(float x) { return {(__half)x, (__half)x}; }
+static inline float2 __half22float2(__half2 h) { return {(float)h.x, (float)h.y}; }
+static inline __half2 __hmul2(__half2 a, __half2 b) { return {(__half)(a.x * b.x), (__half)(a.y * b.y)}; }
+static inline __half2 __hadd2(__half2 a, __half2 b) { return {(__half)(a.x + b.x), (__half)(a.y + b.y)}; }
+static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    return {(__half)((float)a.x * (float)b.x + (float)c.x), (__half)((float)a.y * (float)b.y + (float)c.y)};
+}
 
 /* ---- numbers ---- */
 

@@ -34,7 +34,11 @@ template <class T> static inline void lg2(T *to, float x) { *to = log2f(x); }
 template <class T> static inline void rcp(T *to, float x) { *to = 1 / x; }
 template <class T> static inline void rsqrt(T *to, float x) { *to = 1 / sqrtf(x); }
 template <class T> static inline void tanh(T *to, float x) { *to = tanhf(x); }
-/* tanh.approx.f32 has about 11 good bits. */
+static inline void tanh_f16x2(uint32_t *to, uint32_t x) {
+    uint32_t y = 0;
+    for (int i = 0; i < 2; i++) y |= (uint32_t)bits_of<uint16_t>((_Float16)tanhf((float)bits_of<_Float16>((uint16_t)(x >> 16 * i)))) << 16 * i;
+    *to = y;
+}
 static inline void cvt_bf16x2(uint32_t *to, float upper, float lower) {
     *to = (uint32_t)__nv_bfloat16(upper).bits << 16 | __nv_bfloat16(lower).bits;
 }

@@ -10,6 +10,9 @@ _SPACE = r"(?:\.shared(?:::cta|::cluster)?)"
 _GLOBAL = r"(?:\.global)?"
 _CACHE = r"(?:\.(?:nc|ca|cg|cs|lu|L1::\w+|L2::\w+|L2::cache_hint|weak))*"
 _TYPE = r"(?:\.v[248])?\.[bsuf](?:8|16|32|64|128)"
+_ORDER = r"(?:\.(?:release|relaxed|acquire))?(?:\.(?:cta|cluster))?"
+_COMPLETE = r"\.mbarrier::complete_tx::bytes"
+_HINT = r"(?:\.L2::cache_hint)?"
 INSTRUCTIONS = [
     (r"mov\.[bsuf](?:16|32|64)", "mov"),
     (r"setp\.ne\.[bsu]32", "setp_ne"),
@@ -34,6 +37,36 @@ INSTRUCTIONS = [
     (rf"stmatrix\.sync\.aligned\.m8n8\.x[124]{_SPACE}\.b16", "stmatrix<false>"),
     (rf"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans{_SPACE}\.b16", "stmatrix<true>"),
     (r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.bf16\.bf16\.f32", r"mma<\1>"),
+    (r"tanh\.approx\.f16x2", "tanh_f16x2"),
+    (r"mapa(?:\.shared::cluster)?\.u32", "mapa"),
+    (r"elect\.sync", "elect"),
+    (r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32", "setmaxnreg"),
+    (r"griddepcontrol\.\w+", "nothing"),
+    (r"(?:barrier|bar)\.cluster\.arrive(?:\.(?:release|relaxed))?(?:\.aligned)?", "cluster_arrive"),
+    (r"(?:barrier|bar)\.cluster\.wait(?:\.acquire)?(?:\.aligned)?", "cluster_wait"),
+    (rf"mbarrier\.init{_SPACE}\.b64", "mbarrier_init"),
+    (rf"mbarrier\.inval{_SPACE}\.b64", "nothing"),
+    (rf"mbarrier\.expect_tx{_ORDER}{_SPACE}\.b64", "mbarrier_expect_tx"),
+    (rf"mbarrier\.arrive\.expect_tx{_ORDER}{_SPACE}\.b64", "mbarrier_arrive_expect_tx"),
+    (rf"mbarrier\.arrive{_ORDER}{_SPACE}\.b64", "mbarrier_arrive"),
+    (rf"mbarrier\.(?:try|test)_wait\.parity{_ORDER}{_SPACE}\.b64", "mbarrier_try_wait"),
+    (rf"cp\.async\.bulk\.tensor\.(\d)d{_SPACE}\.global(?:\.tile)?{_COMPLETE}{_HINT}", r"tma_load<\1>"),
+    (
+        rf"cp\.async\.bulk\.tensor\.(\d)d{_SPACE}\.global(?:\.tile)?{_COMPLETE}\.multicast::cluster{_HINT}",
+        r"tma_load_multicast<\1>",
+    ),
+    (rf"cp\.async\.bulk\.tensor\.(\d)d\.global{_SPACE}(?:\.tile)?\.bulk_group{_HINT}", r"tma_store<\1>"),
+    (rf"cp\.reduce\.async\.bulk\.tensor\.(\d)d\.global{_SPACE}\.add(?:\.tile)?\.bulk_group{_HINT}", r"tma_reduce_add<\1>"),
+    (rf"cp\.async\.bulk{_SPACE}\.global{_COMPLETE}", "bulk_load"),
+    (rf"cp\.async\.bulk\.global{_SPACE}\.bulk_group", "bulk_store"),
+    (rf"cp\.reduce\.async\.bulk\.global{_SPACE}\.bulk_group\.add\.f32", "bulk_reduce_add"),
+    (r"cp\.async\.bulk\.commit_group", "bulk_commit"),
+    (r"cp\.async\.bulk\.wait_group\.read", "bulk_wait_read"),
+    (r"cp\.async\.bulk\.wait_group", "bulk_wait_done"),
+    (r"wgmma\.fence\.sync\.aligned", "nothing"),
+    (r"wgmma\.commit_group\.sync\.aligned", "wgmma_commit"),
+    (r"wgmma\.wait_group\.sync\.aligned", "wgmma_wait"),
+    (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16", r"wgmma<\1>"),
     (r"(?:bar|barrier)\.sync(?:\.aligned)?", "bar_sync"),
     (r"(?:bar|barrier)\.arrive(?:\.aligned)?", "bar_arrive"),
 ]

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,12 @@ constexpr int RANK_SHIFT = 24;            /* above it: the block's rank in its c
 typedef std::function<void()> Action;
 struct Block;
 
+/* Bulk stores of a thread: their bytes leave shared memory, then reach memory. */
+struct StoreGroup {
+    std::vector<Action> reads, writes;
+    bool committed = false;
+};
+
 /* A thread. */
 struct Fibre {
     void *sp;
@@ -46,8 +53,7 @@ struct Fibre {
     unsigned cluster_phase;
     std::vector<Action> copies;              /* cp.async: issued */
     std::deque<std::vector<Action>> groups;  /* cp.async: committed, oldest first */
-    std::vector<Action> stores;              /* bulk stores: issued */
-    std::deque<std::vector<Action>> store_groups;
+    std::deque<StoreGroup> stores;           /* oldest first */
 };
 
 /* Does the work of a collective, args[lane] being what each participant brought. */
@@ -134,7 +140,7 @@ char *dynamic_shared(void);
 char *static_shared(const void *key, size_t bytes, size_t alignment);
 /* What happens some time later, at the latest when nothing else can. */
 void later(Action what);
-bool finish_oldest(void);
+bool finish_one(void);
 
 /* ---- for the program ---- */
 
