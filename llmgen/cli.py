@@ -77,7 +77,10 @@ def plan(as_json, memory, **choices):
         return
     made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
     threads = program.threads(choices["target"])
-    click.echo(json.dumps(made.to_json(threads), indent=1) if as_json else report.plan(made, threads))
+    if as_json:
+        click.echo(json.dumps(made.to_json(threads), indent=1))
+    else:
+        click.echo(report.plan(made, threads, program.keeping(made, choices["cpu"], choices["arch"])))
 
 
 @cli.command()

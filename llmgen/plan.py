@@ -14,6 +14,7 @@ from llmgen.errors import UserError
 from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim
 from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
 from llmgen.models import transformer
+from llmgen.passes import recompute
 
 RESULT_BYTES = 256  # a step's loss and norm, on a GPU
 ALIGNMENT = {"c": 64, "cuda": 256}  # bytes at which every tensor, and every layer of it, starts
@@ -138,7 +139,8 @@ class Plan:
     evaluation_tokens: int
     chunk: int
     thread_scratch: int  # float values for each thread; on a GPU, of the kernel that runs
-    flops: int  # of one forward_backward
+    flops: int  # of one forward_backward, but for what is computed again
+    again_flops: int  # of what is
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
     reals: tuple[tuple[str, float, str], ...]  # the same for constants that are no integers
     update_scratch: int  # values that the optimizer needs while forward_backward's activations are free
@@ -228,7 +230,7 @@ class Plan:
         def tensor(name, shape, dtype, **more):
             return {"name": name, "shape": [d.size for d in shape], "dtype": dtype, **more}
 
-        plan = self.forward_backward
+        plan, config = self.forward_backward, self.config.program
         return {
             "config": {"name": self.config.name, "hash": self.config.hash, **self.config.to_dict()},
             "target": self.target,
@@ -249,6 +251,11 @@ class Plan:
             ],
             "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total(threads), "threads": threads},
             "flops_per_token": self.flops_per_token,
+            **(
+                {"recompute_flops_per_token": self.again_flops / (config.batch_size * config.seq_len)}
+                if self.again_flops
+                else {}
+            ),
         }
 
 
@@ -294,6 +301,10 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
         tables.append(Table(t.name, t.shape, offset, aligned(t.count.size, alignment // 4)))
         offset += tables[-1].values
     updates = list(graph.function("update").ops())
+    work = {False: 0, True: 0}
+    for segment in graph.function("forward_backward").segments:
+        for op in segment.ops:
+            work[recompute.is_again(op)] += op.kind.flops(op) * segment.repeat.size
     plan = Plan(
         config=config,
         target=target,
@@ -306,7 +317,8 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
         thread_scratch=working,
-        flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
+        flops=work[False],
+        again_flops=work[True],
         sizes=(*_sizes(config, evaluation_tokens), *constants),
         reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
         update_scratch=max((ops.MUON.scratch_values(op) for op in updates if op.kind is ops.MUON), default=0),

@@ -53,6 +53,7 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         **host.context(config),
         "sizes": sizes,
         "target": plan.target,
+        "timed": statement is not None,
         "parameter_members": [(f"{value} *{p.name};", f"({p.shape})") for p in plan.parameters],
         "weights_memory": "master_memory" if plan.has_master_weights else "params_memory",
         "activation_members": _buffer_members(plan.forward_backward),
