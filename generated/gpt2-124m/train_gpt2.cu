@@ -316,7 +316,7 @@ static void *allocate_tensors(size_t bytes) {
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
             (size_t)8876217856, had, had > fixed + each ? (had - fixed) / each : 1);
     }
-    cudaCheck(cudaMemset(memory, 0, bytes));
+    cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
     return memory;
 }
@@ -566,7 +566,13 @@ template <int N, class Value>
 __device__ __forceinline__ Pack<Value, N> load_pack(const Value *p) { return *(const Pack<Value, N> *)p; }
 
 template <int N, class Value>
-__device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack) { *(Pack<Value, N> *)p = pack; }
+__device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack) {
+    if (sizeof pack % 16 == 0) { /* so that the compiler does not take it apart */
+        for (int i = 0; i < (int)(sizeof pack / 16); i++) ((uint4 *)p)[i] = ((const uint4 *)&pack)[i];
+    } else {
+        *(Pack<Value, N> *)p = pack;
+    }
+}
 
 /* How many values of a row of c can move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
 constexpr int pack_width(int c) {
@@ -2749,7 +2755,7 @@ static void prefetch_sample(Loader *data, int64_t k) {
 #endif
 }
 
-/* ---- tokenizer and sampler --------------------------------------------------------------------------------------- */
+/* ---- tokenizer --------------------------------------------------------------------------------------------------- */
 
 enum { TOKENIZER_MAGIC = 20240328 };
 
@@ -2812,6 +2818,8 @@ static void print_token(int token) {
     }
     say("%d ", token);
 }
+
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
 
 enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
 
