@@ -243,6 +243,35 @@ def bench(against, steps, rounds, **choices):
         bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", metavar="FILE", help="The figure: .png, .svg or .pdf.")
+@click.option("--x", "axis", type=click.Choice(["step", "tokens", "hours"]), default="step", show_default=True)
+@click.option("--smooth", type=float, metavar="N", help="Steps to smooth over; 1 is not at all. [default: a 50th of the run]")
+@click.option("--tensorboard", metavar="DIR", help="Writes event files below this folder, for tensorboard --logdir.")
+def plot(runs, out, axis, smooth, tensorboard):
+    """Compares runs, named by their log folders: loss curves in one figure."""
+    if not out and not tensorboard:
+        raise click.UsageError("Missing option '--out' (or '--tensorboard').")
+    if out:
+        from llmgen import plot
+
+        click.echo(plot.plot(runs, out, axis, smooth))
+    if tensorboard:
+        from llmgen import metrics
+
+        for run in map(metrics.read, runs):
+            click.echo(metrics.write_events(run, os.path.join(tensorboard, run.name)))
+
+
+@cli.command()
+def doctor():
+    """Checks compilers, OpenMP, CUDA, driver, GPU, vocabulary and disk, and says how to mend each."""
+    from llmgen.doctor import doctor
+
+    sys.exit(0 if doctor(click.echo) else 1)
+
+
 def main():
     """The entry point: exit statuses and one-line errors, as for every failure."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # writers remove what is half done on the way out
