@@ -1,4 +1,4 @@
-"""The CUDA program in bf16 beside PyTorch in bf16 autocast on the same GPU: errors of gradients, and a hundred steps of training."""
+"""The CUDA program in bf16 beside PyTorch in bf16 autocast on the same GPU: gradients, and a hundred steps of training."""
 
 import json
 import subprocess
