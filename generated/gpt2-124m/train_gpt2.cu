@@ -27,8 +27,8 @@
  *     4,869,586,944  activations that the backward needs
  *     1,698,889,728  arena for all that lives shorter (at least 1,698,889,728 are alive at once)
  *            66,048  tokens, results
- *        67,108,864  scratch of the kernel that runs
- *     8,876,217,856  in all
+ *        28,311,552  scratch of the kernel that runs
+ *     8,837,420,544  in all
  *
  * Contents: sizes, tensors, basics, the GPU, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -312,9 +312,9 @@ static void *allocate_tensors(size_t bytes) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError();
         cudaMemGetInfo(&free_bytes, &total);
-        const size_t fixed = 2307741184, each = 410529792, had = free_bytes + model_bytes;
+        const size_t fixed = 2268943872, each = 410529792, had = free_bytes + model_bytes;
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
-            (size_t)8876217856, had, had > fixed + each ? (had - fixed) / each : 1);
+            (size_t)8837420544, had, had > fixed + each ? (had - fixed) / each : 1);
     }
     cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
@@ -1550,14 +1550,14 @@ static void linear_backward_weight(float *dweight, float *dbias,         /* (oc,
 
 /* ---- causal self-attention: out = softmax(q . k^T / sqrt(HS)) . v, each query seeing the keys up to its own ---------
  *
- * No T x T matrix ever exists: a block of queries meets one block of keys at a time (Dao 2023, arXiv:2307.08691). The softmax
- * runs along these blocks: the largest score and the sum are kept for each query, and what has been accumulated is rescaled
- * when the largest moves. The forward leaves lse = max + log(sum), from which the backward computes any block of
- * probabilities again. Heads lie side by side: a row of qkv holds all of q, then k, then v.
+ * No T x T matrix ever exists: a block of queries meets one block of keys at a time (Dao 2023, arXiv:2307.08691). The
+ * softmax runs along these blocks: the largest score and the sum are kept for each query, and what has been accumulated
+ * is rescaled when the largest has grown by much. The forward leaves lse = max + log(sum), from which the backward
+ * computes any block of probabilities again. Heads lie side by side: a row of qkv holds all of q, then k, then v.
  *
- * The backward takes two kernels. In the first a thread block owns queries and passes over keys, for dq; in the second it
- * owns keys and passes over queries, for dk and dv. The scores are computed twice that way, 7 products instead of 5, but
- * all sums stay in registers: no float atomics, no dq in memory, the same bits each time.
+ * The backward takes two kernels. In the first a thread block owns queries and passes over keys, for dq; in the second
+ * it owns keys and passes over queries, for dk and dv. The scores are computed twice that way, 7 products instead of 5,
+ * but all sums stay in registers: no float atomics, no dq in memory, the same bits each time.
  *
  * A warp owns M x 16 rows, on which it is alone: its scores s (M*16, N) come out of one product and go into the next
  * without leaving its registers. The tiles of the rows which pass by are double-buffered in shared memory:
@@ -1567,20 +1567,21 @@ static void linear_backward_weight(float *dweight, float *dbias,         /* (oc,
 
 enum {
     ATTENTION_WARPS = 4,
-    HEAD_SPLIT = HS <= 128 ? 1 : 2,                          /* warps that share the columns of dk and dv */
-    HEAD = (HS + 16 * HEAD_SPLIT - 1) / (16 * HEAD_SPLIT) * (16 * HEAD_SPLIT), /* columns of a tile; those from HS on are 0 */
-    HEAD_PIECE = 8,                                          /* values in 16 bytes */
-    HEAD_PITCH = HEAD + HEAD_PIECE,                          /* an odd number of pieces: 8 rows meet in no bank */
-    FORWARD_M = HS <= 128 ? 2 : 1, FORWARD_QUERIES = ATTENTION_WARPS * FORWARD_M * 16,
-    FORWARD_KEYS = HS <= 64 ? 64 : 32,
-    DQ_M = HS <= 64 ? 2 : 1, DQ_QUERIES = ATTENTION_WARPS * DQ_M * 16,
-    DQ_KEYS = HS <= 64 ? 64 : HS <= 128 ? 32 : 16,
-    DKV_M = HS <= 64 ? 2 : 1, DKV_KEYS = ATTENTION_WARPS / HEAD_SPLIT * DKV_M * 16,
-    DKV_QUERIES = HS <= 64 ? 64 : HS <= 128 ? 32 : 16,
-    DQ_N = DQ_KEYS < 32 ? DQ_KEYS : 32,                      /* columns of the scores in hand */
-    DKV_N = DKV_QUERIES < 32 ? DKV_QUERIES : 32,
-    SOFTMAX_SLACK = 8,                                       /* the largest score of a row may be 2^SOFTMAX_SLACK off */
-    ATTENTION_L2 = 16 << 20,                                 /* bytes of keys and values to work on at a time */
+    HEAD_PIECE = 8, /* values in 16 bytes */
+    HEAD_SPLIT = HS <= 128 ? 1 : 2, /* warps that share the columns of dk and dv */
+    HEAD = (HS + 16 * HEAD_SPLIT - 1) / (16 * HEAD_SPLIT) * (16 * HEAD_SPLIT), /* columns of a tile: HS, then 0s */
+    HEAD_PITCH = HEAD + HEAD_PIECE, /* an odd number of pieces: no two of 8 rows begin in the same bank */
+
+    /* Of each kernel: how often 16 rows a warp has, rows of a tile passing by, thread blocks of a multiprocessor. */
+    FORWARD_M = HS <= 128 ? 2 : 1, FORWARD_KEYS = 32, FORWARD_BLOCKS = HS <= 64 ? 3 : 2,
+    DQ_M = HS <= 64 ? 2 : 1, DQ_KEYS = HS <= 128 ? 32 : 16, DQ_BLOCKS = HS <= 128 ? 3 : 2,
+    DKV_M = HS <= 64 ? 2 : 1, DKV_QUERIES = HS <= 64 ? 64 : HS <= 128 ? 32 : 16, DKV_BLOCKS = 2,
+    FORWARD_QUERIES = ATTENTION_WARPS * FORWARD_M * 16, DQ_QUERIES = ATTENTION_WARPS * DQ_M * 16,
+    DKV_KEYS = ATTENTION_WARPS / HEAD_SPLIT * DKV_M * 16,
+    DKV_N = DKV_QUERIES < 32 ? DKV_QUERIES : 32, /* of a tile's queries at a time */
+
+    SOFTMAX_SLACK = 8,       /* what is subtracted from a score may be this far from the largest, in powers of 2 */
+    ATTENTION_L2 = 16 << 20, /* bytes of keys and values that are worked on at a time */
 };
 
 static const float LOG2E = 1.44269504089f, LN2 = 0.69314718056f;
@@ -1595,11 +1596,10 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-__device__ __forceinline__ bool sees(int query, int key) {
-    return key <= query;
-}
+__device__ __forceinline__ bool sees(int query, int key) { return key <= query; }
 
-/* Which block of which head. Heads that fit the L2 cache go together, and of those the blocks of most work first: block 0. */
+/* Which block of which head. `together` heads, which fit the L2 cache, go first, and of those the blocks of most work,
+ * the blocks 0. */
 __device__ __forceinline__ void block_and_head(int *block, int *head, int blocks, int heads, int together) {
     const int first = (int)blockIdx.x / (blocks * together) * together;
     const int at = (int)blockIdx.x - first * blocks, here = min(together, heads - first);
@@ -1610,14 +1610,16 @@ __device__ __forceinline__ void block_and_head(int *block, int *head, int blocks
 /* tile (ROWS, HEAD) = rows of a head: `rows` there are, HS values each; the others are 0. */
 template <int ROWS>
 __device__ __forceinline__ void fetch_tile(floatX *tile, const floatX *from, size_t stride, int rows) {
-    constexpr unsigned PIECES = HS % HEAD_PIECE == 0 ? HEAD / HEAD_PIECE : HEAD; /* of a row: 16 bytes or, unaligned, 1 value */
+    /* A row is fetched in pieces of 16 bytes or, where these are not aligned, value by value. */
+    constexpr unsigned PIECES = HS % HEAD_PIECE == 0 ? HEAD / HEAD_PIECE : HEAD;
 #pragma unroll
     for (unsigned start = 0; start < ROWS * PIECES; start += ATTENTION_WARPS * 32) {
         const unsigned i = start + threadIdx.x, row = i / PIECES, column = i % PIECES * (HEAD / PIECES);
         if (ROWS * PIECES % (ATTENTION_WARPS * 32) != 0 && row >= ROWS) break;
         const bool there = (int)row < rows && column < HS;
         if (PIECES < HEAD)
-            cp_async(shared_address(tile + row * HEAD_PITCH + column), there ? from + row * stride + column : from, there ? 16 : 0);
+            cp_async(shared_address(tile + row * HEAD_PITCH + column), there ? from + row * stride + column : from,
+                     there ? 16 : 0);
         else
             tile[row * HEAD_PITCH + column] = there ? from[row * stride + column] : (floatX)0.0f;
     }
@@ -1689,10 +1691,11 @@ __device__ __forceinline__ uint32_t pack_pair(const float *x) {
     return *(const uint32_t *)&pair;
 }
 
-/* sums (M*16, COLUMNS) += s (M*16, N) . b (N, COLUMNS), the last a tile. What a lane holds of s after one product is just
- * what it has to hold for the next. */
+/* sums (M*16, COLUMNS) += s (M*16, N) . b (N, COLUMNS), the last a tile. What a lane holds of s after one product is
+ * just what it has to hold for the next. */
 template <int M, int N, int COLUMNS>
-__device__ __forceinline__ void scores_by_rows(float (&sums)[M][COLUMNS / 8][4], const float (&s)[M][N / 8][4], const bf16 *b) {
+__device__ __forceinline__ void scores_by_rows(float (&sums)[M][COLUMNS / 8][4], const float (&s)[M][N / 8][4],
+                                               const bf16 *b) {
     const int lane = threadIdx.x % 32;
     const uint32_t from_b = shared_address(b + lane % 16 * HEAD_PITCH + lane / 16 * 8);
 #pragma unroll
@@ -1717,13 +1720,14 @@ __device__ __forceinline__ void scores_by_rows(float (&sums)[M][COLUMNS / 8][4],
 
 static int heads_together(int t) { return max(1, (int)(ATTENTION_L2 / (2 * (size_t)t * HS * sizeof(floatX)))); }
 
-/* out (b, t, C), lse (b, NH, t) from qkv (b, t, 3*C). A thread block owns FORWARD_QUERIES queries of
- * a head, tiles of FORWARD_KEYS keys and values pass by. */
-__global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+/* out (b, t, C), lse (b, NH, t) from qkv (b, t, 3*C). A thread block owns
+ * FORWARD_QUERIES queries of a head, tiles of FORWARD_KEYS keys and values pass by. */
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, FORWARD_BLOCKS)
 attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int heads, int together) {
     extern __shared__ __align__(16) floatX attention_tiles[];
     constexpr int M = FORWARD_M, N = FORWARD_KEYS;
-    floatX *queries = attention_tiles, *keys = queries + FORWARD_QUERIES * HEAD_PITCH, *values = keys + 2 * N * HEAD_PITCH;
+    floatX *queries = attention_tiles, *keys = queries + FORWARD_QUERIES * HEAD_PITCH;
+    floatX *values = keys + 2 * N * HEAD_PITCH;
     const int blocks = (t + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
     int block, head;
     block_and_head(&block, &head, blocks, heads, together);
@@ -1735,7 +1739,6 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
     const float scale = 1.0f / sqrtf(HS), unit = scale * LOG2E; /* exponents are of 2 */
 
     const float slack = SOFTMAX_SLACK / unit;
-
     const int end = min(t, q0 + FORWARD_QUERIES);
     const int begin = 0;
     fetch_tile<FORWARD_QUERIES>(queries, q + q0 * stride, stride, t - q0);
@@ -1785,7 +1788,8 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int e = 0; e < 4; e += 2) {
-                    const float shrink = most[m][e / 2] > -INFINITY ? exp2_approx((top[m][e / 2] - most[m][e / 2]) * unit) : 1.0f;
+                    const float fall = top[m][e / 2] - most[m][e / 2];
+                    const float shrink = most[m][e / 2] > -INFINITY ? exp2_approx(fall * unit) : 1.0f;
                     top[m][e / 2] = most[m][e / 2];
                     sum[m][e / 2] *= shrink;
 #pragma unroll
@@ -1799,7 +1803,8 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
-                const float shift = top[m][e / 2] > -INFINITY ? top[m][e / 2] * unit : 0.0f; /* a row may have seen nothing yet */
+                /* A row may have seen nothing yet. */
+                const float shift = top[m][e / 2] > -INFINITY ? top[m][e / 2] * unit : 0.0f;
 #pragma unroll
                 for (int n = 0; n < N / 8; n++) {
                     s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
@@ -1824,33 +1829,34 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
                 o[m][n][e + 1] *= share;
             }
         }
+    __syncthreads(); /* the tile of the queries becomes that of out */
     put_sums<M, HEAD>(queries + row * HEAD_PITCH, o, 1.0f);
     __syncthreads();
     save_tile<FORWARD_QUERIES>(out + (start + q0) * narrow + head % NH * HS, narrow, queries, t - q0);
 }
 
-static void attention_forward(floatX *out, float *lse,   /* (b, t, C), (b, NH, t) */
-                              const floatX *qkv,         /* (b, t, 3*C) */
+static void attention_forward(floatX *out, float *lse, /* (b, t, C), (b, NH, t) */
+                              const floatX *qkv,       /* (b, t, 3*C) */
                               int b, int t) {
-    const int blocks = (t + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
-    const size_t shared = (FORWARD_QUERIES + 4 * FORWARD_KEYS) * HEAD_PITCH * sizeof(floatX);
-    cudaCheck(cudaFuncSetAttribute(attention_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    attention_forward_kernel<<<b * NH * blocks, ATTENTION_WARPS * 32, shared, stream>>>(out, lse, qkv, t, b * NH,
-                                                                                       heads_together(t));
+    const int blocks = b * NH * ((t + FORWARD_QUERIES - 1) / FORWARD_QUERIES), together = heads_together(t);
+    const int shared = (FORWARD_QUERIES + 4 * FORWARD_KEYS) * HEAD_PITCH * (int)sizeof(floatX);
+    cudaCheck(cudaFuncSetAttribute(attention_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    attention_forward_kernel<<<blocks, ATTENTION_WARPS * 32, shared, stream>>>(out, lse, qkv, t, b * NH,
+                                                                              together);
     cudaCheck(cudaGetLastError());
 }
 
 /* With p = exp(q . k^T * scale - lse) and delta = the sum of dout * out over a row:
  *   dv = p^T . dout,  ds = p * (dout . v^T - delta),  dq = ds . k * scale,  dk = ds^T . q * scale */
 
-/* dq of DQ_QUERIES queries of a head, tiles of DQ_KEYS keys and values passing by; and, on the way, delta (b, NH, t). */
-__global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+/* dq of DQ_QUERIES queries of a head, tiles of DQ_KEYS keys and values passing by; on the way, delta (b, NH, t). */
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, DQ_BLOCKS)
 attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, const floatX *out, const float *lse,
                             const floatX *qkv, int t, int heads, int together) {
     extern __shared__ __align__(16) floatX attention_tiles[];
-    constexpr int M = DQ_M, N = DQ_N;
+    constexpr int M = DQ_M, N = DQ_KEYS;
     floatX *queries = attention_tiles, *douts = queries + DQ_QUERIES * HEAD_PITCH;
-    floatX *keys = douts + DQ_QUERIES * HEAD_PITCH, *values = keys + 2 * DQ_KEYS * HEAD_PITCH;
+    floatX *keys = douts + DQ_QUERIES * HEAD_PITCH, *values = keys + 2 * N * HEAD_PITCH;
     const int blocks = (t + DQ_QUERIES - 1) / DQ_QUERIES;
     int block, head;
     block_and_head(&block, &head, blocks, heads, together);
@@ -1862,6 +1868,7 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
     const float scale = 1.0f / sqrtf(HS), unit = scale * LOG2E; /* exponents are of 2 */
 
     floatX *outs = keys; /* before there are keys */
+    static_assert(DQ_QUERIES <= 4 * DQ_KEYS, "no room for out");
     fetch_tile<DQ_QUERIES>(queries, qkv + at, stride, t - q0);
     fetch_tile<DQ_QUERIES>(douts, dout + narrow_at, narrow, t - q0);
     fetch_tile<DQ_QUERIES>(outs, out + narrow_at, narrow, t - q0);
@@ -1889,44 +1896,43 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
 
     const int end = min(t, q0 + DQ_QUERIES);
     const int begin = 0;
-    fetch_tile<DQ_KEYS>(keys, k + begin * stride, stride, t - begin);
-    fetch_tile<DQ_KEYS>(values, v + begin * stride, stride, t - begin);
+    fetch_tile<N>(keys, k + begin * stride, stride, t - begin);
+    fetch_tile<N>(values, v + begin * stride, stride, t - begin);
     cp_async_commit();
     float dq[M][HEAD / 8][4] = {};
-    for (int tile = begin, stage = 0; tile < end; tile += DQ_KEYS, stage ^= 1) {
+    for (int k0 = begin, stage = 0; k0 < end; k0 += N, stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads();
-        if (tile + DQ_KEYS < end) {
-            const int next = tile + DQ_KEYS, to = (stage ^ 1) * DQ_KEYS * HEAD_PITCH;
-            fetch_tile<DQ_KEYS>(keys + to, k + next * stride, stride, t - next);
-            fetch_tile<DQ_KEYS>(values + to, v + next * stride, stride, t - next);
+        if (k0 + N < end) {
+            const int next = k0 + N, to = (stage ^ 1) * N * HEAD_PITCH;
+            fetch_tile<N>(keys + to, k + next * stride, stride, t - next);
+            fetch_tile<N>(values + to, v + next * stride, stride, t - next);
             cp_async_commit();
         }
-        for (int part = 0; part < DQ_KEYS; part += N) {
-            const int k0 = tile + part, in_tile = (stage * DQ_KEYS + part) * HEAD_PITCH;
-            if (first >= t || k0 > last) continue;
-            float s[M][N / 8][4], ds[M][N / 8][4];
-            rows_by_rows<M, N>(s, queries + row * HEAD_PITCH, keys + in_tile);
-            rows_by_rows<M, N>(ds, douts + row * HEAD_PITCH, values + in_tile);
-            if (!sees(first, k0 + N - 1)) {
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            if (!sees(first + row_of(m, e), k0 + column_of(n, e))) s[m][n][e] = -INFINITY;
-            }
+        const int in_tile = stage * N * HEAD_PITCH;
+        if (first >= t || k0 > last) continue;
+        float s[M][N / 8][4], ds[M][N / 8][4];
+        rows_by_rows<M, N>(s, queries + row * HEAD_PITCH, keys + in_tile);
+        rows_by_rows<M, N>(ds, douts + row * HEAD_PITCH, values + in_tile);
+        if (!sees(first, k0 + N - 1)) {
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        ds[m][n][e] = exp2_approx(s[m][n][e] * unit - shift[m][e / 2]) * (ds[m][n][e] - mean[m][e / 2]);
-            scores_by_rows<M, N, HEAD>(dq, ds, keys + in_tile);
+                        if (!sees(first + row_of(m, e), k0 + column_of(n, e))) s[m][n][e] = -INFINITY;
         }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    ds[m][n][e] = exp2_approx(s[m][n][e] * unit - shift[m][e / 2]) * (ds[m][n][e] - mean[m][e / 2]);
+        scores_by_rows<M, N, HEAD>(dq, ds, keys + in_tile);
     }
+    __syncthreads();
     put_sums<M, HEAD>(queries + row * HEAD_PITCH, dq, scale);
     __syncthreads();
     save_tile<DQ_QUERIES>(dqkv + at, stride, queries, t - q0);
@@ -1934,7 +1940,7 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
 
 /* dk and dv of DKV_KEYS keys of a head, tiles of DKV_QUERIES queries and their dout passing by.
  * Rows are keys and columns queries here: s = k . q^T. */
-__global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, DKV_BLOCKS)
 attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse, const float *delta, const floatX *qkv,
                              int t, int heads, int together) {
     extern __shared__ __align__(16) floatX attention_tiles[];
@@ -1961,8 +1967,9 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
         const int to = stage * DKV_QUERIES * HEAD_PITCH, query = q0 + (int)threadIdx.x;
         fetch_tile<DKV_QUERIES>(queries + to, qkv + (start + q0) * stride + q_head * HS, stride, t - q0);
         fetch_tile<DKV_QUERIES>(douts + to, dout + (start + q0) * narrow + q_head * HS, narrow, t - q0);
-        next_shift = threadIdx.x < DKV_QUERIES && query < t ? lse[line + query] * LOG2E : INFINITY; /* p = 0 beyond the end */
-        next_mean = threadIdx.x < DKV_QUERIES && query < t ? delta[line + query] : 0.0f;
+        const bool there = threadIdx.x < DKV_QUERIES && query < t;
+        next_shift = there ? lse[line + query] * LOG2E : INFINITY; /* p = 0 beyond the end */
+        next_mean = there ? delta[line + query] : 0.0f;
     };
     fetch_tile<DKV_KEYS>(keys, qkv + at, stride, t - start_key);
     fetch_tile<DKV_KEYS>(values, qkv + at + NH * HS, stride, t - start_key);
@@ -1982,11 +1989,11 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
             cp_async_commit();
         }
         for (int part = 0; part < DKV_QUERIES; part += N) {
-            const int q0 = begin + step * DKV_QUERIES + part, in_tile = (stage * DKV_QUERIES + part) * HEAD_PITCH;
+            const int q0 = begin + step * DKV_QUERIES + part;
+            const int in_tile = (stage * DKV_QUERIES + part) * HEAD_PITCH;
             if (first >= t || q0 >= t || q0 + N - 1 < first) continue;
             float s[M][N / 8][4], ds[M][N / 8][4];
             rows_by_rows<M, N>(s, keys + row * HEAD_PITCH, queries + in_tile);
-            rows_by_rows<M, N>(ds, values + row * HEAD_PITCH, douts + in_tile);
             if (!sees(q0, last)) {
 #pragma unroll
                 for (int m = 0; m < M; m++)
@@ -2000,16 +2007,24 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
             for (int n = 0; n < N / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float shift = shifts[stage][part + column_of(n, i)], mean = means[stage][part + column_of(n, i)];
+                    const float shift = shifts[stage][part + column_of(n, i)];
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
-                        for (int e = i; e < 4; e += 2) {
-                            s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
-                            ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - mean);
-                        }
+                        for (int e = i; e < 4; e += 2) s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
                 }
             scores_by_rows<M, N, COLUMNS>(dv, s, douts + in_tile + column);
+            rows_by_rows<M, N>(ds, values + row * HEAD_PITCH, douts + in_tile);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float mean = means[stage][part + column_of(n, i)];
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int e = i; e < 4; e += 2) ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - mean);
+                }
             scores_by_rows<M, N, COLUMNS>(dk, ds, queries + in_tile + column);
         }
     }
@@ -2026,16 +2041,20 @@ static void attention_backward(floatX *dqkv,                          /* (b, t, 
                                const float *lse, const floatX *qkv,   /* (b, NH, t), (b, t, 3*C) */
                                int b, int t) {
     float *delta = scratch; /* (b, NH, t) */
-    const int q_blocks = (t + DQ_QUERIES - 1) / DQ_QUERIES, kv_blocks = (t + DKV_KEYS - 1) / DKV_KEYS;
-    const size_t q_shared = (2 * DQ_QUERIES + 4 * DQ_KEYS) * HEAD_PITCH * sizeof(floatX);
-    const size_t kv_shared = (2 * DKV_KEYS + 4 * DKV_QUERIES) * HEAD_PITCH * sizeof(floatX);
-    cudaCheck(cudaFuncSetAttribute(attention_backward_q_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)q_shared));
-    cudaCheck(cudaFuncSetAttribute(attention_backward_kv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kv_shared));
-    attention_backward_q_kernel<<<b * NH * q_blocks, ATTENTION_WARPS * 32, q_shared, stream>>>(
-        dqkv, delta, dout, out, lse, qkv, t, b * NH, heads_together(t));
+    const int q_blocks = b * NH * ((t + DQ_QUERIES - 1) / DQ_QUERIES), together = heads_together(t);
+    const int q_shared = (2 * DQ_QUERIES + 4 * DQ_KEYS) * HEAD_PITCH * (int)sizeof(floatX);
+    cudaCheck(cudaFuncSetAttribute(attention_backward_q_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   q_shared));
+    attention_backward_q_kernel<<<q_blocks, ATTENTION_WARPS * 32, q_shared, stream>>>(
+        dqkv, delta, dout, out, lse, qkv, t, b * NH, together);
     cudaCheck(cudaGetLastError());
-    attention_backward_kv_kernel<<<b * NH * kv_blocks, ATTENTION_WARPS * 32, kv_shared, stream>>>(
-        dqkv, dout, lse, delta, qkv, t, b * NH, heads_together(t));
+
+    const int kv_blocks = b * NH * ((t + DKV_KEYS - 1) / DKV_KEYS);
+    const int kv_shared = (2 * DKV_KEYS + 4 * DKV_QUERIES) * HEAD_PITCH * (int)sizeof(floatX);
+    cudaCheck(cudaFuncSetAttribute(attention_backward_kv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kv_shared));
+    attention_backward_kv_kernel<<<kv_blocks, ATTENTION_WARPS * 32, kv_shared, stream>>>(
+        dqkv, dout, lse, delta, qkv, t, b * NH, together);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2241,7 +2260,8 @@ static void adamw_update(float *param, floatX *working, float *m, float *v, cons
                          int step) {
     const float correct1 = (float)(1.0 / (1.0 - pow(beta1, step))), correct2 = (float)(1.0 / (1.0 - pow(beta2, step)));
     const size_t n = tensors->end[tensors->count - 1];
-    adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale, learning_rate, beta1, beta2, epsilon, correct1, correct2);
+    adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale,
+                                                                    learning_rate, beta1, beta2, epsilon, correct1, correct2);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2264,7 +2284,7 @@ static void point_parameters(Parameters<Value> *p, Value *memory) {
     for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
-/* All memory of the GPU that the program ever uses: 8,876,217,856 bytes. */
+/* All memory of the GPU that the program ever uses: 8,837,420,544 bytes. */
 static void allocate_model(void) {
     params_memory = (floatX *)allocate_tensors(248951808);
     grads_memory = (float *)allocate_tensors(497903616);
@@ -2319,7 +2339,7 @@ static void allocate_model(void) {
     char *inputs = (char *)allocate_tensors(66048);
     tokens_on_gpu = (int *)inputs;
     results = (double *)(inputs + 65792);
-    scratch = (float *)allocate_tensors(67108864);
+    scratch = (float *)allocate_tensors(28311552);
 }
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */
