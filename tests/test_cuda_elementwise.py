@@ -170,7 +170,9 @@ def test_layernorm(build, rng, kind, c, n):
     inp = cuda_kernels.rounded(inp, r_type)
     weight, bias = values(rng, c, precision=x_type), values(rng, c, precision=x_type)
     out, mean, rstd = empty(n, c), empty(n), empty(n)
-    want = ops.LAYERNORM.reference(EPSILON, {"inp": inp.astype(float), "weight": weight.astype(float), "bias": bias.astype(float)})
+    want = ops.LAYERNORM.reference(
+        EPSILON, {"inp": inp.astype(float), "weight": weight.astype(float), "bias": bias.astype(float)}
+    )
     lib.layernorm_forward(out, mean, rstd, inp, weight, bias, n, c)
     close(out, want["out"], x_type)
     close(mean, want["mean"])
@@ -276,7 +278,9 @@ def test_embeddings(build, rng, kind, c):
 @pytest.mark.parametrize("case", ["random", "equal", "few", "text"])
 def test_gradients_of_token_embeddings_are_summed_in_order(build, rng, n, case):
     c, rows = 8, 70000
-    lib = build("mixed", {"C": c}, "token_embedding", "token_embedding_backward", scratch=elementwise.token_embedding_scratch(n, c))
+    lib = build(
+        "mixed", {"C": c}, "token_embedding", "token_embedding_backward", scratch=elementwise.token_embedding_scratch(n, c)
+    )
     tokens = {
         "random": rng.integers(0, rows, n),
         "equal": np.full(n, rows - 1),
@@ -313,12 +317,21 @@ def test_classifier(build, rng, kind, v, c, options):
     sizes = {"V": v, "VP": vp, "C": c, "CHUNK": chunk}
     templates = "linear classifier"
     lib = build(
-        kind, sizes, templates, "classifier_forward classifier_forward_backward", scratch=64 << 20, **{"logits": LOGITS, **options}
+        kind,
+        sizes,
+        templates,
+        "classifier_forward classifier_forward_backward",
+        scratch=64 << 20,
+        **{"logits": LOGITS, **options},
     )
     inp, weight = values(rng, n, c, precision=precision), values(rng, vp, c, precision=precision, scale=2 / math.sqrt(c))
     targets = rng.integers(0, v, n, dtype=np.int32)
     targets[:2] = 0, v - 1
-    attrs = {"vocab_size": Dim(v, "V"), "softcap": options.get("logit_softcap", 0), "smoothing": options.get("label_smoothing", 0)}
+    attrs = {
+        "vocab_size": Dim(v, "V"),
+        "softcap": options.get("logit_softcap", 0),
+        "smoothing": options.get("label_smoothing", 0),
+    }
     op = SimpleNamespace(attrs=attrs | {"z_loss": options.get("z_loss", 0)})
     raw = cuda_kernels.rounded(inp.astype(float) @ weight.T.astype(float), precision).astype(float)
     want = ops.CROSS_ENTROPY.reference.__func__  # the same losses from the logits that the device has
@@ -416,7 +429,9 @@ def test_muon(build, rng, kind, rows, columns):
 # ---- heads
 
 
-@pytest.mark.parametrize("kind, hs, half", [("bf16", 64, 32), ("bf16", 80, 10), ("mixed", 5, 2), ("fp32", 10, 5), ("bf16", 300, 150)])
+@pytest.mark.parametrize(
+    "kind, hs, half", [("bf16", 64, 32), ("bf16", 80, 10), ("mixed", 5, 2), ("fp32", 10, 5), ("bf16", 300, 150)]
+)
 def test_rope(build, rng, kind, hs, half):
     b, t, nh, nkv, precision = 2, 7, 4, 2, KINDS[kind][0]
     names = "rope_tables rope_forward rope_backward"
@@ -424,7 +439,12 @@ def test_rope(build, rng, kind, hs, half):
     lib = build(kind, sizes, "rope", names, qkv="QKV", qkv_shape="QKV", kv_heads="NKV")
     cosines, sines = empty(11, half), empty(11, half)
     lib.rope_tables(cosines, sines)
-    attrs = {"num_heads": Dim(nh, "NH"), "num_kv_heads": Dim(nkv, "NKV"), "half": Dim(half, "ROPE_HALF"), "theta": MODEL.rope_theta}
+    attrs = {
+        "num_heads": Dim(nh, "NH"),
+        "num_kv_heads": Dim(nkv, "NKV"),
+        "half": Dim(half, "ROPE_HALF"),
+        "theta": MODEL.rope_theta,
+    }
     op = SimpleNamespace(attrs=attrs | {"scaling": "none"})
     inp = values(rng, b, t, (nh + 2 * nkv) * hs, precision=precision)
     for call, reference, name in (
@@ -450,7 +470,12 @@ def test_qk_norm(folder, device, rng, kind, hs, weight):
         functions["qk_norm_backward"] = "floatX *dinp, const floatX *dout, const floatX *inp, const float *rstd, int n"
     options = {"qk_norm_weight": weight, "qkv": "QKV", "qkv_shape": "QKV", "kv_heads": "NKV"}
     sizes = {"C": 64, "NH": nh, "NKV": nkv, "HS": hs, "QKV": (nh + 2 * nkv) * hs}
-    chosen = {"precision": precision, "residual": residual, "options": options, "scratch": elementwise.qk_norm_scratch(n, nh + 2 * nkv, hs)}
+    chosen = {
+        "precision": precision,
+        "residual": residual,
+        "options": options,
+        "scratch": elementwise.qk_norm_scratch(n, nh + 2 * nkv, hs),
+    }
     lib = cuda_kernels.build(folder, device, sizes, MODEL, ["qk_norm"], functions, **chosen)
     width = (nh + 2 * nkv) * hs
     inp, dout = values(rng, 1, n, width, precision=precision), values(rng, 1, n, width, precision=precision)
