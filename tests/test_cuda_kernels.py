@@ -30,7 +30,7 @@ def rng():
 
 def own(folder, device, kernels: str, **functions: str) -> cuda_kernels.Library:
     """A library of the test's own kernels."""
-    return cuda_kernels.build(folder, device, {}, MODEL, [], functions, more=kernels)
+    return cuda_kernels.build(folder, device, {"C": 16}, MODEL, [], functions, more=kernels)
 
 
 # A product of 32x32 matrices by one warp in the way the real kernels go about it: c = a . b^T, a and b (32, 32).
@@ -154,7 +154,7 @@ def test_a_deadlock_is_reported(folder):
     with pytest.raises(cuda_kernels.Failure, match=r"deadlock") as error:
         library.in_turn(np.zeros(4, np.int32), 1)
     assert "1 threads (first 0, last 0) wait for a load in a loop" in str(error.value)
-    assert "63 threads (first 1, last 63) wait for __syncthreads, line" in str(error.value)
+    assert "63 threads (first 1, last 63) wait for __syncthreads at " in str(error.value)
     library.in_turn(np.zeros(4, np.int32), 0)  # and it can be used again
 
 
@@ -199,3 +199,126 @@ def test_mistakes_are_reported(folder, which, words):
     with pytest.raises(cuda_kernels.Failure, match=words):
         library.mistake(out, inp, which)
     library.mistake(out, inp, -1)
+
+
+# A product of 64x64 matrices on Hopper: TMA brings a (lines of 64 k) and b (lines of 64 k, or of 64 columns), one warpgroup
+# multiplies, with a from shared memory or from registers, and TMA stores.
+HOPPER = """
+#include <cudaTypedefs.h>
+__device__ __forceinline__ bool arrived(uint32_t bar) {
+    uint32_t done;
+    asm volatile("{.reg .pred p;mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(bar), "r"(0) : "memory");
+    return done;
+}
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(0), "r"(0), "r"(bar) : "memory");
+}
+__device__ __forceinline__ uint64_t matrix(uint32_t address) {
+    return (uint64_t)(1u << 30 | 1024 / 16) << 32 | (address & 0x3FFFF) / 16;
+}
+template <int B_MN>
+__global__ void hopper_kernel(const __grid_constant__ CUtensorMap map_c, const __grid_constant__ CUtensorMap map_a,
+                              const __grid_constant__ CUtensorMap map_b, int from_registers) {
+    extern __shared__ __align__(1024) char tiles[];
+    __shared__ uint64_t barrier;
+    const uint32_t a = shared_address(tiles), b = a + 8192, bar = shared_address(&barrier);
+    const int t = threadIdx.x, row = t / 32 * 16 + t % 32 / 4;
+    if (t == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(1));
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(16384) : "memory");
+        tma_load(a, &map_a, bar);
+        tma_load(b, &map_b, bar);
+    }
+    __syncthreads();
+    ARRIVAL
+    float d[32];
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    for (int k = 0; k < 64; k += 16) {
+        const uint64_t mb = matrix(b + (B_MN ? k * 128 : k * 2));
+        if (from_registers) {
+            uint32_t r[4];
+            for (int i = 0; i < 4; i++) {
+                const int line = row + i % 2 * 8, slot = (k / 8 + i / 2) ^ line % 8;
+                r[i] = *(const uint32_t *)(tiles + line * 128 + slot * 16 + t % 4 * 4);
+            }
+            asm volatile("{.reg .pred p;setp.ne.b32 p, %37, 0;"
+                         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                         "{D}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
+                         : OUT : "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(mb), "r"(k), "n"(B_MN));
+        } else {
+            asm volatile("{.reg .pred p;setp.ne.b32 p, %34, 0;"
+                         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {D}, %32, %33, p, 1, 1, 0, %35;}"
+                         : OUT : "l"(matrix(a + k * 2)), "l"(mb), "r"(k), "n"(B_MN));
+        }
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    COMPLETION
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    __syncthreads();
+    for (int j = 0; j < 8; j++)
+        for (int h = 0; h < 2; h++) {
+            const __nv_bfloat162 v = __floats2bfloat162_rn(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+            *(__nv_bfloat162 *)(tiles + (row + 8 * h) * 128 + (j ^ (row + 8 * h) % 8) * 16 + t % 4 * 4) = v;
+        }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    if (t == 0) {
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                     ::"l"(&map_c), "r"(0), "r"(0), "r"(a) : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    }
+}
+static CUtensorMap make_map(const void *p, int rows) {
+    void *encode;
+    cudaDriverEntryPointQueryResult found;
+    cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
+    CUtensorMap map;
+    const cuuint64_t dims[2] = {64, (cuuint64_t)rows}, strides[1] = {128};
+    const cuuint32_t box[2] = {64, 64}, ones[2] = {1, 1};
+    const CUresult failed = ((PFN_cuTensorMapEncodeTiled_v12000)encode)(
+        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, dims, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (failed) cudaCheck(cudaErrorInvalidValue);
+    return map;
+}
+static void hopper(bf16 *c, const bf16 *a, const bf16 *b, int rows, int columns_first, int from_registers) {
+    const CUtensorMap map_c = make_map(c, rows), map_a = make_map(a, rows), map_b = make_map(b, 64);
+    if (columns_first) hopper_kernel<1><<<1, 128, 16384, stream>>>(map_c, map_a, map_b, from_registers);
+    else hopper_kernel<0><<<1, 128, 16384, stream>>>(map_c, map_a, map_b, from_registers);
+}
+"""
+HOPPER = HOPPER.replace("{D}", "{" + ", ".join(f"%{i}" for i in range(32)) + "}")
+HOPPER = HOPPER.replace("OUT", ", ".join(f'"+f"(d[{i}])' for i in range(32)))
+
+
+def hopper(folder, device, rng, columns_first, from_registers, arrival="while (!arrived(bar)) {}", completion=""):
+    text = HOPPER.replace("ARRIVAL", arrival).replace("COMPLETION", completion)
+    names = {"hopper": "bf16 *c, const bf16 *a, const bf16 *b, int rows, int columns_first, int from_registers"}
+    library = cuda_kernels.build(folder, device, {"C": 16}, MODEL, [], names, arch="sm_90a", more=text)
+    a, b = cuda_kernels.rounded(rng.standard_normal((2, 64, 64), dtype=np.float32))
+    c = np.full((50, 64), np.nan, np.float32)
+    library.hopper(c, a[:50].copy(), b, 50, columns_first, from_registers)
+    return c, a[:50] @ (b if columns_first else b.T)
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("from_registers", [False, True])
+def test_a_product_by_tma_and_wgmma(folder, device, rng, columns_first, from_registers):
+    got, want = hopper(folder, device, rng, columns_first, from_registers)
+    assert np.allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+def test_a_missing_wait_for_tma_shows(folder, rng):
+    try:
+        got, _ = hopper(folder, "emulator", rng, False, False, arrival="")
+        assert np.isnan(got).any()
+    except cuda_kernels.Failure as error:
+        assert "operands in shared memory changed" in str(error)
+
+
+def test_an_operand_that_is_overwritten_too_early_is_reported(folder, rng):
+    with pytest.raises(cuda_kernels.Failure, match="operands in shared memory changed"):
+        hopper(folder, "emulator", rng, False, False, completion="((int *)tiles)[threadIdx.x] = 0;")

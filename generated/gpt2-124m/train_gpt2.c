@@ -1775,7 +1775,7 @@ static void prefetch_sample(Loader *data, int64_t k) {
 #endif
 }
 
-/* ---- tokenizer and sampler --------------------------------------------------------------------------------------- */
+/* ---- tokenizer --------------------------------------------------------------------------------------------------- */
 
 enum { TOKENIZER_MAGIC = 20240328 };
 
@@ -1838,6 +1838,8 @@ static void print_token(int token) {
     }
     say("%d ", token);
 }
+
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
 
 enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
 

@@ -316,7 +316,7 @@ static void *allocate_tensors(size_t bytes) {
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
             (size_t)8876217856, had, had > fixed + each ? (had - fixed) / each : 1);
     }
-    cudaCheck(cudaMemset(memory, 0, bytes));
+    cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
     return memory;
 }
@@ -566,7 +566,13 @@ template <int N, class Value>
 __device__ __forceinline__ Pack<Value, N> load_pack(const Value *p) { return *(const Pack<Value, N> *)p; }
 
 template <int N, class Value>
-__device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack) { *(Pack<Value, N> *)p = pack; }
+__device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack) {
+    if (sizeof pack % 16 == 0) { /* so that the compiler does not take it apart */
+        for (int i = 0; i < (int)(sizeof pack / 16); i++) ((uint4 *)p)[i] = ((const uint4 *)&pack)[i];
+    } else {
+        *(Pack<Value, N> *)p = pack;
+    }
+}
 
 /* How many values of a row of c can move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
 constexpr int pack_width(int c) {
@@ -1579,8 +1585,6 @@ enum {
 
 static const float LOG2E = 1.44269504089f, LN2 = 0.69314718056f;
 
-extern __shared__ __align__(16) floatX attention_tiles[];
-
 /* A lane's part of scores and sums: of each 16 x 8 values its element e is in this row and this column. */
 __device__ __forceinline__ int row_of(int m, int e) { return m * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
 __device__ __forceinline__ int column_of(int n, int e) { return n * 8 + threadIdx.x % 4 * 2 + e % 2; }
@@ -1606,35 +1610,35 @@ __device__ __forceinline__ void block_and_head(int *block, int *head, int blocks
 /* tile (ROWS, HEAD) = rows of a head: `rows` there are, HS values each; the others are 0. */
 template <int ROWS>
 __device__ __forceinline__ void fetch_tile(floatX *tile, const floatX *from, size_t stride, int rows) {
-    if (HS % HEAD_PIECE == 0) {
-        for (int i = threadIdx.x; i < ROWS * (HEAD / HEAD_PIECE); i += ATTENTION_WARPS * 32) {
-            const int row = i / (HEAD / HEAD_PIECE), column = i % (HEAD / HEAD_PIECE) * HEAD_PIECE;
-            const bool there = row < rows && column < HS;
+    constexpr unsigned PIECES = HS % HEAD_PIECE == 0 ? HEAD / HEAD_PIECE : HEAD; /* of a row: 16 bytes or, unaligned, 1 value */
+#pragma unroll
+    for (unsigned start = 0; start < ROWS * PIECES; start += ATTENTION_WARPS * 32) {
+        const unsigned i = start + threadIdx.x, row = i / PIECES, column = i % PIECES * (HEAD / PIECES);
+        if (ROWS * PIECES % (ATTENTION_WARPS * 32) != 0 && row >= ROWS) break;
+        const bool there = (int)row < rows && column < HS;
+        if (PIECES < HEAD)
             cp_async(shared_address(tile + row * HEAD_PITCH + column), there ? from + row * stride + column : from, there ? 16 : 0);
-        }
-    } else { /* rows are not aligned */
-        for (int i = threadIdx.x; i < ROWS * HEAD; i += ATTENTION_WARPS * 32) {
-            const int row = i / HEAD, column = i % HEAD;
-            tile[row * HEAD_PITCH + column] = row < rows && column < HS ? from[row * stride + column] : (floatX)0.0f;
-        }
+        else
+            tile[row * HEAD_PITCH + column] = there ? from[row * stride + column] : (floatX)0.0f;
     }
 }
 
 /* The way back. */
 template <int ROWS>
 __device__ __forceinline__ void save_tile(floatX *to, size_t stride, const floatX *tile, int rows) {
-    if (HS % HEAD_PIECE == 0) {
-        for (int i = threadIdx.x; i < ROWS * (HEAD / HEAD_PIECE); i += ATTENTION_WARPS * 32) {
-            const int row = i / (HEAD / HEAD_PIECE), column = i % (HEAD / HEAD_PIECE) * HEAD_PIECE;
-            if (row < rows && column < HS) *(float4 *)(to + row * stride + column) = *(const float4 *)(tile + row * HEAD_PITCH + column);
-        }
-    } else {
-        for (int i = threadIdx.x; i < ROWS * HS; i += ATTENTION_WARPS * 32) {
-            const int row = i / HS, column = i % HS;
-            if (row < rows) to[row * stride + column] = tile[row * HEAD_PITCH + column];
-        }
+    constexpr unsigned PIECES = HS % HEAD_PIECE == 0 ? HEAD / HEAD_PIECE : HEAD;
+#pragma unroll
+    for (unsigned start = 0; start < ROWS * PIECES; start += ATTENTION_WARPS * 32) {
+        const unsigned i = start + threadIdx.x, row = i / PIECES, column = i % PIECES * (HEAD / PIECES);
+        if (row >= ROWS || (int)row >= rows || column >= HS) continue;
+        if (PIECES < HEAD)
+            *(float4 *)(to + row * stride + column) = *(const float4 *)(tile + row * HEAD_PITCH + column);
+        else
+            to[row * stride + column] = tile[row * HEAD_PITCH + column];
     }
 }
+
+__device__ __forceinline__ float2 pair_at(const floatX *p) { return __bfloat1622float2(*(const __nv_bfloat162 *)p); }
 
 /* A warp's sums, times `factor`, into its rows of a tile. */
 template <int M, int COLUMNS>
@@ -1717,6 +1721,7 @@ static int heads_together(int t) { return max(1, (int)(ATTENTION_L2 / (2 * (size
  * a head, tiles of FORWARD_KEYS keys and values pass by. */
 __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int heads, int together) {
+    extern __shared__ __align__(16) floatX attention_tiles[];
     constexpr int M = FORWARD_M, N = FORWARD_KEYS;
     floatX *queries = attention_tiles, *keys = queries + FORWARD_QUERIES * HEAD_PITCH, *values = keys + 2 * N * HEAD_PITCH;
     const int blocks = (t + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
@@ -1809,14 +1814,14 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
-            const float total = row_sum(sum[m][e / 2]);
+            const float total = row_sum(sum[m][e / 2]), share = 1.0f / total;
             const int query = first + row_of(m, e);
             if (threadIdx.x % 4 == 0 && query < t)
                 lse[(size_t)head * t + query] = top[m][e / 2] * (unit * LN2) + logf(total);
 #pragma unroll
             for (int n = 0; n < HEAD / 8; n++) {
-                o[m][n][e] /= total;
-                o[m][n][e + 1] /= total;
+                o[m][n][e] *= share;
+                o[m][n][e + 1] *= share;
             }
         }
     put_sums<M, HEAD>(queries + row * HEAD_PITCH, o, 1.0f);
@@ -1842,6 +1847,7 @@ static void attention_forward(floatX *out, float *lse,   /* (b, t, C), (b, NH, t
 __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, const floatX *out, const float *lse,
                             const floatX *qkv, int t, int heads, int together) {
+    extern __shared__ __align__(16) floatX attention_tiles[];
     constexpr int M = DQ_M, N = DQ_N;
     floatX *queries = attention_tiles, *douts = queries + DQ_QUERIES * HEAD_PITCH;
     floatX *keys = douts + DQ_QUERIES * HEAD_PITCH, *values = keys + 2 * DQ_KEYS * HEAD_PITCH;
@@ -1869,11 +1875,12 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
         for (int e = 0; e < 4; e += 2) {
             const int query = first + row_of(m, e);
             float part = 0.0f;
-            for (int n = 0; n < HEAD / 8; n++)
-                for (int i = 0; i < 2; i++) {
-                    const int j = (row + row_of(m, e)) * HEAD_PITCH + column_of(n, i);
-                    part += (float)douts[j] * (float)outs[j];
-                }
+#pragma unroll
+            for (int n = 0; n < HEAD / 8; n++) {
+                const int at_pair = (row + row_of(m, e)) * HEAD_PITCH + column_of(n, 0);
+                const float2 g = pair_at(douts + at_pair), o = pair_at(outs + at_pair);
+                part += g.x * o.x + g.y * o.y;
+            }
             mean[m][e / 2] = row_sum(part);
             shift[m][e / 2] = query < t ? lse[(size_t)head * t + query] * LOG2E : INFINITY; /* p = 0 beyond the end */
             if (threadIdx.x % 4 == 0 && query < t) delta[(size_t)head * t + query] = mean[m][e / 2];
@@ -1901,17 +1908,22 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
             float s[M][N / 8][4], ds[M][N / 8][4];
             rows_by_rows<M, N>(s, queries + row * HEAD_PITCH, keys + in_tile);
             rows_by_rows<M, N>(ds, douts + row * HEAD_PITCH, values + in_tile);
-            const bool all = sees(first, k0 + N - 1);
+            if (!sees(first, k0 + N - 1)) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (!sees(first + row_of(m, e), k0 + column_of(n, e))) s[m][n][e] = -INFINITY;
+            }
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        float p = exp2_approx(s[m][n][e] * unit - shift[m][e / 2]);
-                        if (!all && !sees(first + row_of(m, e), k0 + column_of(n, e))) p = 0.0f;
-                        ds[m][n][e] = p * (ds[m][n][e] - mean[m][e / 2]);
-                    }
+                    for (int e = 0; e < 4; e++)
+                        ds[m][n][e] = exp2_approx(s[m][n][e] * unit - shift[m][e / 2]) * (ds[m][n][e] - mean[m][e / 2]);
             scores_by_rows<M, N, HEAD>(dq, ds, keys + in_tile);
         }
     }
@@ -1925,6 +1937,7 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
 __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse, const float *delta, const floatX *qkv,
                              int t, int heads, int together) {
+    extern __shared__ __align__(16) floatX attention_tiles[];
     constexpr int M = DKV_M, N = DKV_N, COLUMNS = HEAD / HEAD_SPLIT;
     floatX *keys = attention_tiles, *values = keys + DKV_KEYS * HEAD_PITCH;
     floatX *queries = values + DKV_KEYS * HEAD_PITCH, *douts = queries + 2 * DKV_QUERIES * HEAD_PITCH;
@@ -1974,21 +1987,26 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
             float s[M][N / 8][4], ds[M][N / 8][4];
             rows_by_rows<M, N>(s, keys + row * HEAD_PITCH, queries + in_tile);
             rows_by_rows<M, N>(ds, values + row * HEAD_PITCH, douts + in_tile);
-            const bool all = sees(q0, last);
+            if (!sees(q0, last)) {
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (!sees(q0 + column_of(n, e), first + row_of(m, e))) s[m][n][e] = -INFINITY;
+            }
 #pragma unroll
             for (int n = 0; n < N / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int query = column_of(n, i);
-                    const float shift = shifts[stage][part + query], mean = means[stage][part + query];
+                    const float shift = shifts[stage][part + column_of(n, i)], mean = means[stage][part + column_of(n, i)];
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
                         for (int e = i; e < 4; e += 2) {
-                            float p = exp2_approx(s[m][n][e] * unit - shift);
-                            if (!all && !sees(q0 + query, first + row_of(m, e))) p = 0.0f;
-                            s[m][n][e] = p;
-                            ds[m][n][e] = p * (ds[m][n][e] - mean);
+                            s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
+                            ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - mean);
                         }
                 }
             scores_by_rows<M, N, COLUMNS>(dv, s, douts + in_tile + column);
@@ -2737,7 +2755,7 @@ static void prefetch_sample(Loader *data, int64_t k) {
 #endif
 }
 
-/* ---- tokenizer and sampler --------------------------------------------------------------------------------------- */
+/* ---- tokenizer --------------------------------------------------------------------------------------------------- */
 
 enum { TOKENIZER_MAGIC = 20240328 };
 
@@ -2800,6 +2818,8 @@ static void print_token(int token) {
     }
     say("%d ", token);
 }
+
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
 
 enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
 

@@ -23,3 +23,9 @@ def token_embedding_scratch(n: int, c: int) -> int:
 def global_norm_scratch() -> int:
     """global_norm, and the squared norm that Muon keeps behind its parts."""
     return 8 * (NORM_PARTS + 1)
+
+
+def scratch_bytes(n: int, c: int, heads: int, head_size: int) -> int:
+    """The most that any of them needs for n tokens of c channels, with `heads` of queries, keys and values."""
+    needs = norm_scratch(n, c), qk_norm_scratch(n, heads, head_size), token_embedding_scratch(n, c), global_norm_scratch()
+    return max(needs)

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 # Misaligned accesses and indices outside of arrays trap, which the emulator reports.
 FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-g1", "-fno-gnu-unique", "-fPIC", "-fno-strict-aliasing", "-w"),
+    *("-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"),
     *("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"),
 ]
 
@@ -33,7 +34,7 @@ def compile(source: Path, program: Path, shared: bool = False) -> None:
     text.write_text(translate(source.read_text(), source.name))
     objects = [_runtime(name, program.parent) for name in ("runtime", "cuda", "hopper")]
     link = ["-shared", "-Wl,-Bsymbolic"] if shared else []
-    _run(["g++", *FLAGS, f"-I{FOLDER}", str(text), *map(str, objects), *link, "-o", str(program)])
+    _run(["g++", *FLAGS, f"-I{FOLDER}", str(text), *map(str, objects), *link, "-ldl", "-o", str(program)])
 
 
 def _runtime(name: str, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 /* See runtime.h. Compiled once; every emulated program is linked with it. */
 #include "runtime.h"
+#include <dlfcn.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -29,9 +30,10 @@ static std::vector<char *> idle_windows;
 static std::vector<Block *> resident;
 static std::deque<Action> pending;        /* see `later` */
 static size_t fruitless;                  /* threads in turn that looked again and found nothing new */
+static bool stuck;                        /* all that could run are such threads */
 static std::string error, last_message;
-static std::string deadlock(void);
-static uint32_t random_state;
+static std::vector<void *> failed_at;     /* return addresses */
+static uint32_t random_state, launches;
 
 /* ---- switching ---- */
 
@@ -111,7 +113,7 @@ void spin(const volatile void *address, uint64_t value, const char *what) {
     }
     current->waits_for = what, current->detail = (uint64_t)(uintptr_t)address, current->line = 0;
     if (++fruitless > 2 * ready.size() + 2 && !finish_one()) { /* all others have looked since, and nothing has changed */
-        error = deadlock();
+        stuck = true;
         to_scheduler();
     }
     ready.push_back(current);
@@ -128,6 +130,40 @@ static std::string place(const Fibre *f) {
     return text;
 }
 
+/* Addresses in a thread's calls, the innermost first: `at`, then from the frame at `rbp` on. */
+static std::vector<void *> calls(const Fibre *f, void *at, void **rbp) {
+    std::vector<void *> found = {at};
+    while ((char *)rbp > f->stack - STACK_BYTES && (char *)(rbp + 2) <= f->stack && rbp[1] && found.size() < 12) {
+        found.push_back((char *)rbp[1] - 1);
+        rbp = (void **)rbp[0];
+    }
+    return found;
+}
+
+/* The lines of the .cu behind such addresses, "name.cu:12 in name.cu:34"; "" if nobody can tell. */
+static std::string source_lines(const std::vector<void *> &addresses) {
+    Dl_info info;
+    if (addresses.empty() || !dladdr((void *)source_lines, &info)) return "";
+    std::string command = std::string("addr2line -ie '") + info.dli_fname + "'", found;
+    for (void *a : addresses) {
+        char text[32];
+        snprintf(text, sizeof text, " %#lx", (long)((char *)a - (char *)info.dli_fbase));
+        command += text;
+    }
+    FILE *file = popen((command + " 2>/dev/null").c_str(), "r");
+    char line[1000];
+    int count = 0;
+    while (file && fgets(line, sizeof line, file)) {
+        std::string text(line);
+        text = text.substr(0, text.find_first_of(" \n"));
+        text = text.substr(text.rfind('/') + 1);
+        if (text.find(".cu:") == std::string::npos || found.find(text) != std::string::npos || count++ >= 4) continue;
+        found += (found.empty() ? " at " : " in ") + text;
+    }
+    if (file) pclose(file);
+    return found;
+}
+
 void fail(const char *format, ...) {
     char text[1000];
     va_list list;
@@ -139,6 +175,7 @@ void fail(const char *format, ...) {
         fprintf(stderr, "%s\n", error.c_str());
         abort();
     }
+    if (failed_at.empty()) failed_at = calls(current, __builtin_return_address(0), (void **)__builtin_frame_address(0));
     to_scheduler();
     abort();
 }
@@ -149,14 +186,16 @@ void set_message(const std::string &text) { last_message = text; }
 /* Who waits for what, threads of a block together. */
 static std::string deadlock(void) {
     std::string text = std::string(launched.name) + ": deadlock";
+    std::map<std::vector<void *>, std::string> known;
     for (const Block *b : resident) {
         std::map<std::string, std::vector<int>> groups;
         for (const Fibre *f : b->fibres) {
             char where[200];
-            if (f->line) snprintf(where, sizeof where, "%s, line %d", f->waits_for, f->line);
-            else if (f->detail) snprintf(where, sizeof where, "%s [%#lx]", f->waits_for, (unsigned long)f->detail);
-            else snprintf(where, sizeof where, "%s", f->waits_for);
-            groups[f->done ? "have ended" : "wait for " + std::string(where)].push_back(f->linear);
+            snprintf(where, sizeof where, f->detail ? "%s [%#lx]" : "%s", f->waits_for, (unsigned long)f->detail);
+            const std::vector<void *> at = f->done ? std::vector<void *>() : calls(f, ((char **)f->sp)[6] - 1, ((void ***)f->sp)[5]);
+            std::string &lines = known[at];
+            if (!f->done && lines.empty()) lines = source_lines(at);
+            groups[f->done ? "have ended" : "wait for " + (where + lines)].push_back(f->linear);
         }
         for (auto &[what, threads] : groups) {
             char line[400];
@@ -171,16 +210,15 @@ static std::string deadlock(void) {
 /* Faults of a kernel end its launch, others the program. */
 static void on_signal(int number, siginfo_t *info, void *context) {
     const ucontext_t *c = (const ucontext_t *)context;
-    const long at = c->uc_mcontext.gregs[REG_RIP];
     if (!current) {
         signal(number, SIG_DFL);
         raise(number);
         return;
     }
-    if (number == SIGILL)
-        fail("a misaligned access, or an index outside of its array [at %#lx]", at);
-    if (number == SIGFPE) fail("an integer division by zero [at %#lx]", at);
-    fail("an access outside of memory, address %p [at %#lx]", info->si_addr, at);
+    failed_at = calls(current, (void *)c->uc_mcontext.gregs[REG_RIP], (void **)c->uc_mcontext.gregs[REG_RBP]);
+    if (number == SIGILL) fail("a misaligned access, or an index outside of its array");
+    if (number == SIGFPE) fail("an integer division by zero");
+    fail("an access outside of memory, address %p", info->si_addr);
 }
 
 static void catch_signals(bool on) {
@@ -495,10 +533,10 @@ int launch(const Launch &l) {
         return 9; /* cudaErrorInvalidConfiguration */
     }
     launched = l;
-    error.clear(), ready.clear(), pending.clear();
-    fruitless = 0;
+    error.clear(), ready.clear(), pending.clear(), failed_at.clear();
+    fruitless = 0, stuck = false;
     const char *seed = getenv("EMULATOR_SEED");
-    random_state = seed ? atoi(seed) * 2654435761u : 12345;
+    random_state = (seed ? atoi(seed) : 0) * 2654435761u + 12345 + ++launches * 40503u; /* each launch another order */
     catch_signals(true);
     const int threads = l.block.x * l.block.y * l.block.z, cluster = l.cluster.x;
     const int each = std::max(1, std::min(2, std::min<int>(2048 / threads, 228 * 1024 / (l.shared + 1024))));
@@ -511,7 +549,7 @@ int launch(const Launch &l) {
             for (int rank = 0; rank < cluster; rank++) c->blocks.push_back(start_block(started++, rank, c));
         }
         if (resident.empty()) break;
-        if (ready.empty() && !finish_one()) {
+        if (stuck || (ready.empty() && !finish_one())) {
             error = deadlock();
             break;
         }
@@ -530,7 +568,7 @@ int launch(const Launch &l) {
     }
     catch_signals(false);
     if (error.empty()) return 0;
-    set_message(error);
+    set_message(error + source_lines(failed_at));
     return 719; /* cudaErrorLaunchFailure */
 }
 
