@@ -3505,7 +3505,7 @@ int main(int argc, char **argv) {
     allocate_model();
     say("memory: %zu bytes\n", model_bytes);
     if (s->resume && load_checkpoint(s, &train_data, &run)) {
-        if (run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
+        if (steps >= 0 && run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
     } else if (s->load) {
         load_weights(s->load);
     } else {
