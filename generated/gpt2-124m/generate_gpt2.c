@@ -903,7 +903,19 @@ static void read_bf16(FILE *file, float *values, size_t count, const char *path)
     }
 }
 
-/* Header, then the tensors of parameter_table back to back, each stacked over the layers. */
+/* The tensors of parameter_table back to back, each stacked over the layers: weights, moments or gradients. */
+static void read_tensors(FILE *file, float *memory, int is_bf16, const char *path) {
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        const TensorRow *row = &parameter_table[i];
+        for (int l = 0; l < row->layers; l++) {
+            float *values = memory + row->offset + (size_t)l * row->stride;
+            if (is_bf16) read_bf16(file, values, row->count, path);
+            else read_input(file, values, row->count * sizeof(float), path);
+        }
+    }
+}
+
+/* Header, tensors. */
 static void load_weights(const char *path) {
     int32_t header[HEADER_INTS];
     int64_t bytes;
@@ -922,14 +934,7 @@ static void load_weights(const char *path) {
     }
     const int is_bf16 = header[1] == WEIGHTS_BF16;
     check_bytes(bytes, count_parameters() * (is_bf16 ? 2 : 4), path);
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        const TensorRow *row = &parameter_table[i];
-        for (int l = 0; l < row->layers; l++) {
-            float *values = params_memory + row->offset + (size_t)l * row->stride;
-            if (is_bf16) read_bf16(file, values, row->count, path);
-            else read_input(file, values, row->count * sizeof(float), path);
-        }
-    }
+    read_tensors(file, params_memory, is_bf16, path);
     fclose(file);
 }
 
