@@ -14,6 +14,11 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
     return -(-rows // max(parts, 1))
 
 
+def turns(graph: Graph, config: Config, machine: Architecture) -> int:
+    """Counters of the kernel that runs."""
+    return attention.COUNTERS
+
+
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     """The most that any one kernel needs: they run one after another."""
     model, b, t = config.model, config.program.batch_size, config.program.seq_len
