@@ -187,6 +187,24 @@ def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, tex
     click.echo(made.summary())
 
 
+@cli.command("export-eval")
+@click.argument("source", metavar="SOURCE.jsonl")
+@click.option(
+    "--tokenizer",
+    default="gpt2",
+    show_default=True,
+    metavar="T",
+    help="gpt2, bytes, a folder with a tokenizer.json, or the file.",
+)
+@click.option("--out", required=True, metavar="FILE", help="The file for the trainer's --eval-data.")
+@click.option("--examples", type=click.IntRange(1), metavar="N", help="Only the first N.")
+def export_eval(source, tokenizer, out, examples):
+    """Encodes multiple-choice questions, lines of JSON as HellaSwag has them."""
+    from llmgen import evaluation
+
+    click.echo(evaluation.export_eval(source, tokenizer, out, examples))
+
+
 @cli.command("export-weights")
 @click.argument("source")
 @click.option("--out", required=True, metavar="FILE", help="The weights file.")
