@@ -97,6 +97,7 @@ def generation(plan: GenerationPlan) -> str:
         "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "options": kernels.options(config.model, cached=True),
         "model_template": "c/generate_model.j2",
+        "weights_memory": "params_memory",
         "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
         "letters": numbers(characters.LETTERS),
         "numbers": numbers(characters.NUMBERS),
