@@ -27,8 +27,8 @@
  *     4,869,586,944  activations that the backward needs
  *     1,698,889,728  arena for all that lives shorter (at least 1,698,889,728 are alive at once)
  *            66,048  tokens, results
- *        28,311,808  scratch of the kernel that runs
- *     8,837,420,800  in all
+ *        28,311,552  scratch of the kernel that runs
+ *     8,837,420,544  in all
  *
  * Contents: sizes, tensors, basics, the GPU, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -194,7 +194,6 @@ static double *results;
 
 static int *tokens_on_gpu; /* (BT + 1), or what evaluate takes */
 static float *scratch;     /* partial results of the kernel that runs */
-static int *turns;         /* its counters; whoever uses them leaves them 0 */
 
 /* ---- basics: errors, output, memory, time, random numbers, signals ----------------------------------------------- */
 
@@ -319,9 +318,9 @@ static void *allocate_tensors(size_t bytes) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError();
         cudaMemGetInfo(&free_bytes, &total);
-        const size_t fixed = 2268944128, each = 410529792, had = free_bytes + model_bytes;
+        const size_t fixed = 2268943872, each = 410529792, had = free_bytes + model_bytes;
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
-            (size_t)8837420800, had, had > fixed + each ? (had - fixed) / each : 1);
+            (size_t)8837420544, had, had > fixed + each ? (had - fixed) / each : 1);
     }
     cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
@@ -2353,7 +2352,7 @@ static void point_parameters(Parameters<Value> *p, Value *memory) {
     for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
-/* All memory of the GPU that the program ever uses: 8,837,420,800 bytes. */
+/* All memory of the GPU that the program ever uses: 8,837,420,544 bytes. */
 static void allocate_model(void) {
     params_memory = (floatX *)allocate_tensors(248951808);
     grads_memory = (float *)allocate_tensors(497903616);
@@ -2408,8 +2407,7 @@ static void allocate_model(void) {
     char *inputs = (char *)allocate_tensors(66048);
     tokens_on_gpu = (int *)inputs;
     results = (double *)(inputs + 65792);
-    scratch = (float *)allocate_tensors(28311808);
-    turns = (int *)(scratch + 7077888);
+    scratch = (float *)allocate_tensors(28311552);
 }
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */

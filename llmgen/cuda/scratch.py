@@ -15,8 +15,8 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
 
 
 def turns(graph: Graph, config: Config, machine: Architecture) -> int:
-    """Counters of the kernel that runs."""
-    return attention.COUNTERS
+    """Counters of the kernel that runs; only those for Hopper have some."""
+    return attention.COUNTERS if machine.is_hopper and config.program.precision == "bf16" else 0
 
 
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
