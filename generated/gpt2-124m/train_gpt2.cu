@@ -3230,7 +3230,7 @@ static void load_examples(const char *path) {
 
 /* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
 static double ending_loss(const uint16_t *context, const uint16_t *ending) {
-    static int tokens[MOST_TOKENS + 1];
+    static int tokens[MOST_TOKENS];
     const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
     for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
     for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
