@@ -2202,11 +2202,7 @@ static const double FLOPS_PER_TOKEN = 746264064; /* forward and backward; a mult
 
 static FILE *metrics;       /* metrics.jsonl in --log-dir: one object a line, complete at any moment */
 static char *metrics_path;
-<<<<<<< HEAD
-static int last_validated = -1; /* the last step whose validation is in it */
-=======
 static int last_validated = -1, last_evaluated = -1; /* the last steps of which it has the figures */
->>>>>>> train7
 
 /* Its lock keeps a second run out of the folder. */
 static void open_metrics(const char *folder) {
@@ -2232,10 +2228,7 @@ static void keep_metrics(int last_step) {
     while (fgets(line, sizeof line, metrics) && strchr(line, '\n') && sscanf(line, "{\"step\": %d", &step) == 1) {
         if (step > last_step) break;
         if (strstr(line, "\"val_loss\"")) last_validated = step;
-<<<<<<< HEAD
-=======
         if (strstr(line, "\"accuracy\"")) last_evaluated = step;
->>>>>>> train7
         end = ftello(metrics);
     }
     if (!is_device(metrics_path) && ftruncate(fileno(metrics), end) != 0) die_writing(metrics_path);
@@ -2348,15 +2341,9 @@ static int is_due(int step, int n, int last) { return n > 0 && (step % n == 0 ||
 static void train(const Settings *s, Loader *train_data, Loader *val_data, Progress *run, int steps) {
     for (const int first = run->step;; train_step(s, train_data, run, steps)) {
         const int step = run->step, is_new = step == 0 || step > first;
-<<<<<<< HEAD
-        const int val_due = val_data && s->val_steps > 0 && is_due(step, s->val_every, steps);
-        if (val_due && step > last_validated) validate(s, val_data, step);
-        if (is_new && s->eval_data && is_due(step, s->val_every, steps)) answer_examples(step);
-=======
         const int val_due = is_due(step, s->val_every, steps);
         if (val_due && val_data && s->val_steps > 0 && step > last_validated) validate(s, val_data, step);
         if (val_due && s->eval_data && step > last_evaluated) answer_examples(step);
->>>>>>> train7
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
         if (is_new && sample_due && !stop_signal) print_sample(s, step);
         if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {
