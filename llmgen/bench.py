@@ -41,7 +41,6 @@ _STEP = re.compile(r"step (\d+)/.*? ([\d.]+) ms")
 
 def bench(
     config: Config,
-    target: str,
     cpu: str,
     against: str | None,
     steps: int,
@@ -49,14 +48,14 @@ def bench(
     write: Callable[[str], None],
 ) -> None:
     """Measure a config and write tables. Raises UserError."""
+    plan = program.plan(config, "c", cpu, None)
     os.environ.update(runner.environment())  # as `llmgen run` has it; for PyTorch too
-    plan = program.plan(config, target, cpu, None)
     if against:
-        _import_torch()
+        import_torch()
     threads = program.threads()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write_tokens(folder / "tokens.bin", plan, steps)
+        write_tokens(folder / "tokens.bin", plan, steps)
         timed = _timed_program(plan, folder)
         library = _library(plan, folder, threads)
         peak = max(library.peak() for _ in range(10))
@@ -75,7 +74,7 @@ def _processor() -> str:
     return found[1] if found else "an unnamed processor"
 
 
-def _import_torch():
+def import_torch():
     try:
         import torch
     except ImportError:
@@ -83,7 +82,7 @@ def _import_torch():
     return torch
 
 
-def _write_tokens(path: Path, plan: Plan, steps: int) -> None:
+def write_tokens(path: Path, plan: Plan, steps: int) -> None:
     program = plan.config.program
     count = (steps + 2) * program.batch_size * program.seq_len + 1
     vocab_size = plan.config.model.vocab_size
@@ -93,13 +92,13 @@ def _write_tokens(path: Path, plan: Plan, steps: int) -> None:
 # ---- the program's own ops
 
 
-def _timed_calls(plan: Plan) -> list[Call]:
+def timed_calls(plan: Plan) -> list[Call]:
     return [call for block in plan.forward_backward.blocks for call in block.calls]
 
 
 def _timed_program(plan: Plan, folder: Path) -> Path:
     """The program with a clock around each call of forward_backward: it writes `op INDEX SECONDS` to stderr at its end."""
-    calls = _timed_calls(plan)
+    calls = timed_calls(plan)
 
     def timed(call: Call, indent: int = 4) -> str:
         at = next((i for i, known in enumerate(calls) if known is call), None)
@@ -122,7 +121,7 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
     )
     path = folder / "timed.c"
     path.write_text(clock + render.source(plan, timed) + report)
-    toolchain.compile(path, folder / "timed", plan.profile)
+    toolchain.compile(path, folder / "timed", "c", plan.profile)
     return folder / "timed"
 
 
@@ -133,7 +132,7 @@ class Run:
     peak_bytes: int
 
 
-def _run(command: Sequence[str]) -> Run:
+def run(command: Sequence[str]) -> Run:
     """Run a trainer to its end. Its memory's high-water mark is its own: each has its process."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = subprocess.Popen(command, stdout=out, stderr=err)
@@ -152,19 +151,19 @@ def _run(command: Sequence[str]) -> Run:
     return Run([ms for step, ms in found if step > 1], times, usage.ru_maxrss * unit)
 
 
-def _program_command(path: Path, folder: Path, steps: int) -> list[str]:
+def program_command(path: Path, folder: Path, steps: int) -> list[str]:
     return [str(path), "--train-data", str(folder / "tokens.bin"), "--steps", str(steps + 1), "--val-every", "0"]
 
 
 def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, write) -> None:
-    run = _run(_program_command(timed, folder, steps))
-    step = statistics.median(run.milliseconds)
-    rest = np.array(run.milliseconds)
+    done = run(program_command(timed, folder, steps))
+    step = statistics.median(done.milliseconds)
+    rest = np.array(done.milliseconds)
     rows = []
     repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
-    for at, call in enumerate(_timed_calls(plan)):
+    for at, call in enumerate(timed_calls(plan)):
         per_step = repeats[id(call)]
-        of_steps = 1e3 * np.array(run.ops[at]).reshape(-1, per_step).sum(axis=1)[1:]
+        of_steps = 1e3 * np.array(done.ops[at]).reshape(-1, per_step).sum(axis=1)[1:]
         rest -= of_steps
         milliseconds = float(np.median(of_steps))
         out = next(iter(call.op.outputs.values()))
@@ -176,10 +175,10 @@ def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, w
     rows.append(["the step", "", "", f"{step:.2f}", "100.0%", f"{plan.flops / step * 1e-6:.0f}", ""])
     rows[-1][-1] = f"{plan.flops / step * 1e-6 / peak:.0%}"
     write("")
-    _write_table(["op", "writes", "calls", "ms a step", "of it", "GFLOP/s", "of peak"], rows, write, text=2)
+    write_table(["op", "writes", "calls", "ms a step", "of it", "GFLOP/s", "of peak"], rows, write, text=2)
 
 
-def _write_table(head: list[str], rows: list[list[str]], write, text: int = 1) -> None:
+def write_table(head: list[str], rows: list[list[str]], write, text: int = 1) -> None:
     """Columns: the first `text` of them to the left, figures to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
@@ -192,15 +191,15 @@ def _write_table(head: list[str], rows: list[list[str]], write, text: int = 1) -
 
 def _library(plan: Plan, folder: Path, threads: int) -> Library:
     path, library = folder / "kernels.c", folder / "kernels.so"
-    plain = _plain_attention(plan.config)
+    plain = plain_attention(plan.config)
     signatures = {name: arguments for name, arguments in SIGNATURES.items() if plain or not name.startswith("attention")}
     sizes = {name: value for name, value, _ in plan.sizes}
     path.write_text(source(sizes, plan.config.model, ["linear", *(["attention"] if plain else [])], signatures))
-    toolchain.compile(path, library, plan.profile, ("-fPIC", "-shared"))
+    toolchain.compile(path, library, "c", plan.profile, ("-fPIC", "-shared"))
     return Library(library, signatures, threads)
 
 
-def _plain_attention(config: Config) -> bool:
+def plain_attention(config: Config) -> bool:
     m = config.model
     plain = m.num_kv_heads == m.num_heads and m.num_heads * m.head_size == m.channels
     return plain and not (any(m.attention_window) or m.attention_softcap or m.attention_scale)
@@ -228,7 +227,7 @@ def _compare(mine: Callable, theirs: Callable, rounds: int) -> tuple[float, floa
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _products(plan: Plan) -> dict[tuple[str, int, int, int], int]:
+def products(plan: Plan) -> dict[tuple[str, int, int, int], int]:
     """(function, n, c, oc) of each product of a step -> how often it is done. The classifier's are three for each chunk."""
     found: dict[tuple[str, int, int, int], int] = {}
     names = {ops.LINEAR: "linear_forward", ops.LINEAR_GELU: "linear_forward"}
@@ -261,42 +260,42 @@ def _aligned(rng, *shape: int) -> np.ndarray:
 
 
 def _write_products(plan: Plan, library: Library, peak: float, rounds: int, write) -> None:
-    torch = _import_torch()
+    torch = import_torch()
     torch.set_num_threads(program.threads())
     rng = np.random.default_rng(0)
     rows, sums, ratios = [], [0.0, 0.0], []
-    for (kind, n, c, oc), times in _products(plan).items():
+    for (kind, n, c, oc), times in products(plan).items():
         inp, weight, out = _aligned(rng, n, c), _aligned(rng, oc, c), _aligned(rng, n, oc)
         x, w, y = torch.from_numpy(inp), torch.from_numpy(weight), torch.from_numpy(out)
         if kind == "linear_forward":
-            mine, theirs = _partial(library.linear_forward, out, inp, weight, None, None, n, c, oc), (x, w.T, y)
+            mine, theirs = partial(library.linear_forward, out, inp, weight, None, None, n, c, oc), (x, w.T, y)
         elif kind == "linear_backward_input":
-            mine, theirs = _partial(library.linear_backward_input, inp, out, weight, n, c, oc), (y, w, x)
+            mine, theirs = partial(library.linear_backward_input, inp, out, weight, n, c, oc), (y, w, x)
         else:
-            mine, theirs = _partial(library.linear_backward_weight, weight, None, out, inp, n, c, oc, 0), (y.T, x, w)
-        ours, torchs = _compare(mine, _partial(torch.mm, *theirs[:2], out=theirs[2]), rounds)
+            mine, theirs = partial(library.linear_backward_weight, weight, None, out, inp, n, c, oc, 0), (y.T, x, w)
+        ours, torchs = _compare(mine, partial(torch.mm, *theirs[:2], out=theirs[2]), rounds)
         flops = 2e-9 * n * c * oc
         sums[0] += times * ours
         sums[1] += times * torchs
         ratios.append(torchs / ours)
         rows.append([f"{kind} {n} x {c} x {oc}", str(times), f"{flops / ours:.0f}", f"{flops / ours / peak:.0%}"])
         rows[-1] += [f"{flops / torchs:.0f}", f"{torchs / ours:.2f}"]
-    total = sum(2e-9 * n * c * oc * times for (_, n, c, oc), times in _products(plan).items())
+    total = sum(2e-9 * n * c * oc * times for (_, n, c, oc), times in products(plan).items())
     rows.append(["all, weighted by flops", "", f"{total / sums[0]:.0f}", f"{total / sums[0] / peak:.0%}"])
     rows[-1] += [f"{total / sums[1]:.0f}", f"{sums[1] / sums[0]:.2f}"]
     rows.append(["the lowest", "", "", "", "", f"{min(ratios):.2f}"])
     write("")
-    _write_table(["product, n x c x oc", "a step", "GFLOP/s", "of peak", "PyTorch", "ratio"], rows, write)
+    write_table(["product, n x c x oc", "a step", "GFLOP/s", "of peak", "PyTorch", "ratio"], rows, write)
 
 
-def _partial(function: Callable, *arguments, **options) -> Callable[[], object]:
+def partial(function: Callable, *arguments, **options) -> Callable[[], object]:
     return lambda: function(*arguments, **options)
 
 
 def _write_attention(plan: Plan, library: Library, rounds: int, write) -> None:
-    if not _plain_attention(plan.config):
+    if not plain_attention(plan.config):
         return
-    torch = _import_torch()
+    torch = import_torch()
     model, b, t = plan.config.model, plan.config.program.batch_size, plan.config.program.seq_len
     c, nh = model.channels, model.num_heads
     rng = np.random.default_rng(0)
@@ -312,15 +311,15 @@ def _write_attention(plan: Plan, library: Library, rounds: int, write) -> None:
         with torch.no_grad():
             attend(q, k, v, is_causal=True)
 
-    mine = _partial(library.attention_forward, out, lse, qkv, b, t)
+    mine = partial(library.attention_forward, out, lse, qkv, b, t)
     both = [("forward", _compare(mine, forward, rounds))]
-    mine = _partial(library.attention_backward, dqkv, dout, out, lse, qkv, b, t)
-    theirs = _partial(torch.autograd.grad, done, (q, k, v), gradient, retain_graph=True)
+    mine = partial(library.attention_backward, dqkv, dout, out, lse, qkv, b, t)
+    theirs = partial(torch.autograd.grad, done, (q, k, v), gradient, retain_graph=True)
     both.append(("backward", _compare(mine, theirs, rounds)))
     shape = f"{b} x {nh} x {t} x {c // nh}"
     write("")
     rows = [[f"{name} {shape}", f"{1e3 * a:.3f}", f"{1e3 * b:.3f}", f"{b / a:.2f}"] for name, (a, b) in both]
-    _write_table(["attention, b x heads x t x channels", "ms", "PyTorch", "ratio"], rows, write)
+    write_table(["attention, b x heads x t x channels", "ms", "PyTorch", "ratio"], rows, write)
 
 
 # ---- whole steps
@@ -333,8 +332,8 @@ def _script() -> Path:
     return (inside if inside.is_dir() else package.parent / "examples") / "gpt2_pytorch.py"
 
 
-def _torch_commands(config: Config, threads: int, steps: int) -> Iterator[tuple[str, list[str]]]:
-    """With the vocabulary as it is and padded: one or the other is faster."""
+def torch_commands(config: Config, threads: int, steps: int, *more: str) -> Iterator[tuple[str, list[str]]]:
+    """With the vocabulary as it is and padded: one or the other is faster. more: further arguments of the script."""
     m, program = config.model, config.program
     for vocab_size in dict.fromkeys((m.vocab_size, m.padded_vocab_size)):
         sizes = {
@@ -349,7 +348,7 @@ def _torch_commands(config: Config, threads: int, steps: int) -> Iterator[tuple[
             "threads": threads,
         }
         words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-        yield f"PyTorch, {vocab_size} tokens", [sys.executable, str(_script()), *words]
+        yield f"PyTorch, {vocab_size} tokens", [sys.executable, str(_script()), *words, *more]
 
 
 def _write_steps(config: Config, cpu: str, folder: Path, threads: int, steps: int, rounds: int, write) -> None:
@@ -360,10 +359,10 @@ def _write_steps(config: Config, cpu: str, folder: Path, threads: int, steps: in
     runs: dict[str, list[Run]] = {}
     for _ in range(rounds):
         for name, command in [
-            ("ours", _program_command(built.program, folder, steps)),
-            *_torch_commands(config, threads, steps),
+            ("ours", program_command(built.program, folder, steps)),
+            *torch_commands(config, threads, steps),
         ]:
-            runs.setdefault(name, []).append(_run(command))
+            runs.setdefault(name, []).append(run(command))
     medians = {name: statistics.median(ms for run in of for ms in run.milliseconds) for name, of in runs.items()}
     batch = config.program.batch_size * config.program.seq_len
     rows = []
@@ -374,4 +373,4 @@ def _write_steps(config: Config, cpu: str, folder: Path, threads: int, steps: in
         rows.append([name, f"{ms:.2f}", f"{best:.2f}", f"{1e3 * batch / ms:,.0f}", f"{peak_gb:.2f}"])
         rows[-1] += [f"{ms / medians['ours']:.2f}"]
     write("")
-    _write_table(["a whole step", "median ms", "best ms", "tokens/s", "peak GB", "to ours"], rows, write)
+    write_table(["a whole step", "median ms", "best ms", "tokens/s", "peak GB", "to ours"], rows, write)

@@ -73,10 +73,10 @@ def plan(as_json, memory, **choices):
 
     config = program.config(**choices)
     if memory:
-        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], memory))
+        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], choices["arch"], memory))
         return
     made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
-    threads = program.threads()
+    threads = program.threads(choices["target"])
     click.echo(json.dumps(made.to_json(threads), indent=1) if as_json else report.plan(made, threads))
 
 
@@ -95,7 +95,7 @@ def diff(config_a, config_b, **choices):
     where = (choices["target"], choices["cpu"], choices["arch"])
     a = program.plan(config.load(config_a, target=choices["target"]), *where)
     b = program.plan(program.config(config_b, **choices), *where)
-    click.echo(difference.diff(a, b, program.threads()))
+    click.echo(difference.diff(a, b, program.threads(choices["target"])))
 
 
 @cli.command()
@@ -197,10 +197,13 @@ def verify(**choices):
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Runs of each, in turns.")
 def bench(against, steps, rounds, **choices):
     """Times each op and the whole training step, alone or beside PyTorch."""
-    from llmgen import program
-    from llmgen.bench import bench
+    from llmgen import bench, bench_gpu, program
 
-    bench(program.config(**choices), choices["target"], choices["cpu"], against, steps, rounds, click.echo)
+    config = program.config(**choices)
+    if choices["target"] == "cuda":
+        bench_gpu.bench(config, choices["arch"], against, steps, rounds, click.echo)
+    else:
+        bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
 
 
 def main():

@@ -96,6 +96,7 @@ class ProgramConfig:
     batch_size: int = 4  # sequences in a training micro-batch
     seq_len: int = 64  # tokens in each of them
     precision: str = "fp32"
+    residual_precision: str = "bf16"  # of the residual stream, where precision is bf16
     recompute: str = "none"  # cheap: the backward computes norms and activations again instead of keeping them
     optimizer: str = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
 
@@ -325,6 +326,8 @@ def check(config: Config, target: str, source: str) -> None:
     precisions = {"c": ("fp32",), "cuda": ("bf16", "fp32")}[target]
     if program.precision not in precisions:
         refuse(f'precision = "{program.precision}" is not supported with target {target}; use {_either(precisions)}')
+    if program.residual_precision not in ("bf16", "fp32"):
+        refuse(f'residual_precision = "{program.residual_precision}" is not known; use bf16 or fp32')
     if program.recompute not in RECOMPUTES:
         refuse(f'recompute = "{program.recompute}" is not known; use {_either(RECOMPUTES)}')
     if program.optimizer not in OPTIMIZERS:

@@ -31,7 +31,7 @@ class Flag:
 FLAGS = (
     Flag("load", "e", "text", "FILE", "weights to begin with, fp32 or bf16; without it they come from --seed"),
     Flag("save", "", "text", "FILE", "where the final model goes"),
-    Flag("save-dtype", "", "text", "TYPE", "fp32 or bf16, for --save", default="fp32"),
+    Flag("save-dtype", "", "text", "TYPE", "fp32 or bf16, for --save"),
     Flag("train-data", "i", "text", "GLOB", "token shards to train on, taken in order"),
     Flag("val-data", "j", "text", "GLOB", "token shards to validate on"),
     Flag("tokenizer", "", "text", "FILE", "table of the tokens' texts, to print samples"),
@@ -64,6 +64,7 @@ FLAGS = (
 def program_flags(config: Config) -> tuple[Flag, ...]:
     """The flags with their fields and defaults filled in. Raises UserError where a default does not fit a C int."""
     defaults = dataclasses.asdict(config.train)
+    defaults["save_dtype"] = config.program.precision
     defaults |= {"batch_size": config.program.batch_size, "seq_len": config.program.seq_len}
     defaults["total_batch_size"] = config.train.total_batch_size or config.program.batch_size * config.program.seq_len
     flags = []

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-ITEM_SIZE = {"f32": 4, "i32": 4}
+ITEM_SIZE = {"f32": 4, "bf16": 2, "i32": 4}
 
 ROLES = ("parameter", "gradient", "activation", "input", "output", "state", "constant", "scratch")
 

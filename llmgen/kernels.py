@@ -5,13 +5,32 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llmgen.config import ModelConfig
+from llmgen.cpu import Profile
+from llmgen.cuda.architecture import Architecture
+from llmgen.plan import Plan
 
-PRELUDE = ("c/vector.j2", "c/ops/gelu.j2", "c/gemm.j2")  # what ops are made of; the products' epilogue uses gelu
+# What ops are made of; the products' epilogue uses gelu.
+PRELUDE = {
+    "c": ("c/vector.j2", "c/ops/gelu.j2", "c/gemm.j2"),
+    "cuda": ("cuda/ptx.j2", "cuda/reduce.j2", "cuda/ops/gelu.j2", "cuda/gemm.j2"),
+}
 
 
-def templates(ops: Iterable[str]) -> list[str]:
+def templates(ops: Iterable[str], target: str = "c", machine: Profile | Architecture | None = None) -> list[str]:
     """Template names in the order of the source, for the op templates in the order of their first use."""
-    return list(dict.fromkeys([*PRELUDE, *(f"c/ops/{name}.j2" for name in ops)]))
+    return list(dict.fromkeys([*PRELUDE[target], *(f"{target}/ops/{name}.j2" for name in ops)]))
+
+
+def gpu_options(plan: Plan) -> dict:
+    """What the CUDA templates choose by besides: number formats and the architecture."""
+    program, machine = plan.config.program, plan.profile
+    return {
+        "precision": program.precision,
+        "residual": program.residual_precision if program.precision == "bf16" else "fp32",
+        "arch": machine.name,
+        "hopper": machine.is_hopper,
+        "least_arch": machine.least,
+    }
 
 
 def options(model: ModelConfig, evaluation_tokens: int | None = None) -> dict:

@@ -266,7 +266,11 @@ class _Assignment:
 
     def _share(self, inp: Tensor, out: Tensor, home: int | None) -> bool:
         """Let `out` take over the memory of `inp` if nothing else in their groups is alive then."""
-        if inp.name not in self.group or self.times.home.get(inp.name) != home or inp.bytes != out.bytes:
+        if (
+            inp.name not in self.group
+            or self.times.home.get(inp.name) != home
+            or (inp.bytes, inp.dtype) != (out.bytes, out.dtype)
+        ):
             return False
         a, b = self._find(inp.name), self._find(out.name)
         if a in self.slots or (b in self.slots and len(self.members[a]) > 1):

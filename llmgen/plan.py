@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 from llmgen import cpu, memory, models, ops, passes
 from llmgen.config import INT_MAX, Config
+from llmgen.cuda import architecture, scratch
+from llmgen.cuda.architecture import Architecture
 from llmgen.errors import UserError
 from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim
 from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
 from llmgen.models import transformer
 
+RESULT_BYTES = 256  # a step's loss and norm, on a GPU
 ALIGNMENT = {"c": 64, "cuda": 256}  # bytes at which every tensor, and every layer of it, starts
-C_TYPES = {"f32": "float", "i32": "int"}
+C_TYPES = {"f32": "float", "bf16": "floatX", "i32": "int"}
+DTYPES = {"f32": "fp32", "bf16": "bf16", "i32": "int32"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Memory:
 class Plan:
     config: Config
     target: str
-    profile: cpu.Profile
+    profile: cpu.Profile | Architecture  # what the source is written for
     graph: Graph
     parameters: tuple[Parameter, ...]
     parameter_values: int  # values of the flat buffer, alignment included
@@ -133,7 +137,7 @@ class Plan:
     evaluate: FunctionPlan
     evaluation_tokens: int
     chunk: int
-    thread_scratch: int  # values for each thread
+    thread_scratch: int  # float values for each thread; on a GPU, of the kernel that runs
     flops: int  # of one forward_backward
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
     reals: tuple[tuple[str, float, str], ...]  # the same for constants that are no integers
@@ -161,12 +165,41 @@ class Plan:
         return max(self.forward_backward.bytes, self.evaluate.bytes, self.update_bytes)
 
     @property
+    def has_master_weights(self) -> bool:
+        """Whether the optimizer keeps the parameters in float32 beside those that the model works with."""
+        return self.parameters[0].tensor.dtype != "f32"
+
+    @property
+    def input_bytes(self) -> int:
+        """What a GPU holds besides: the tokens of a micro-batch or an evaluation, and a step's results."""
+        if self.target == "c":
+            return 0
+        return self.token_bytes + RESULT_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the tokens of a micro-batch or an evaluation, and one more, as a GPU holds them."""
+        tokens = max(self.evaluation_tokens, self.config.program.batch_size * self.config.program.seq_len)
+        return aligned(4 * (tokens + 1), ALIGNMENT["cuda"])
+
+    @property
+    def sequence_bytes(self) -> int:
+        """What each sequence of a micro-batch adds, about."""
+        return -(-self.workspace // self.config.program.batch_size)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What does not depend on the micro-batch, about."""
+        return self.memory.total(1) - self.sequence_bytes * self.config.program.batch_size
+
+    @property
     def update_bytes(self) -> int:
         return aligned(self.update_scratch * 4, ALIGNMENT[self.target])
 
     @property
     def memory(self) -> Memory:
         flat = self.parameter_values * 4
+        working = self.parameter_values * ITEM_SIZE[self.parameters[0].tensor.dtype]
         saved = self.forward_backward.layout.saved_bytes
         bound = max(
             self.forward_backward.layout.arena_lower_bound,
@@ -174,12 +207,12 @@ class Plan:
             self.update_bytes - saved,
         )
         return Memory(
-            parameters=flat,
+            parameters=working,
             gradients=flat,
-            optimizer=2 * flat,
+            optimizer=(3 if self.has_master_weights else 2) * flat,
             activations=saved,
             arena=self.workspace - saved,
-            constants=4 * sum(t.values for t in self.tables),
+            constants=4 * sum(t.values for t in self.tables) + self.input_bytes,
             arena_lower_bound=bound,
             scratch_per_thread=self.thread_scratch * 4,
         )
@@ -192,7 +225,6 @@ class Plan:
         def tensor(name, shape, dtype, **more):
             return {"name": name, "shape": [d.size for d in shape], "dtype": dtype, **more}
 
-        names = {"f32": "fp32", "i32": "int32"}
         plan = self.forward_backward
         return {
             "config": {"name": self.config.name, "hash": self.config.hash, **self.config.to_dict()},
@@ -201,15 +233,15 @@ class Plan:
                 tensor(
                     p.name,
                     p.tensor.stacked,
-                    names[p.tensor.dtype],
-                    offset=p.offset * 4,
+                    DTYPES[p.tensor.dtype],
+                    offset=p.offset * ITEM_SIZE[p.tensor.dtype],
                     file_offset=p.file_offset,
                     bytes=p.bytes,
                 )
                 for p in self.parameters
             ],
             "activations": [
-                tensor(b.name, plan.shape(b), names[b.dtype], offset=plan.offset(b), bytes=b.bytes, per_layer=bool(b.slots))
+                tensor(b.name, plan.shape(b), DTYPES[b.dtype], offset=plan.offset(b), bytes=b.bytes, per_layer=bool(b.slots))
                 for b in plan.buffers
             ],
             "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total(threads), "threads": threads},
@@ -217,33 +249,43 @@ class Plan:
         }
 
 
-def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
-    """Plan a config for a target. profile: a name of `llmgen.cpu`. Raises UserError if the plan cannot be run."""
-    if target != "c":
-        raise UserError("target cuda is not built yet; use --target c")
+def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: str | None = None) -> Plan:
+    """Plan a config for a target. profile: a name of `llmgen.cpu`, for target c; arch: as --arch says, for target cuda.
+
+    Raises UserError if the plan cannot be run.
+    """
     alignment = ALIGNMENT[target]
-    machine = cpu.resolve(profile)
-    model, rows = config.model, config.program.batch_size * config.program.seq_len
-    chunk = cpu.chunk_rows(rows, model.padded_vocab_size)
-    graph = passes.for_target(models.build(config), target, chunk, config.program.recompute)
+    model, precision = config.model, config.program.precision
+    rows = config.program.batch_size * config.program.seq_len
+    if target == "c":
+        machine: cpu.Profile | Architecture = cpu.resolve(profile)
+        chunk = cpu.chunk_rows(rows, model.padded_vocab_size)
+    else:
+        machine = architecture.resolve(arch, precision)
+        chunk = scratch.chunk_rows(rows, model.padded_vocab_size * (2 if precision == "bf16" else 4))
+    graph = passes.for_target(models.build(config), target, chunk, config.program)
     parameters = _parameter_table(config, graph, alignment)
     planned = {}
     for name in ("forward_backward", "evaluate"):
         function = memory.with_copies(graph.function(name))
-        planned[name] = _function(function, memory.layout(function, alignment), parameters, alignment)
+        planned[name] = _function(function, memory.layout(function, alignment), parameters, target)
     last = parameters[-1]
     evaluation_tokens = transformer.evaluation_tokens(config)
-    constants = cpu.constants(
-        machine,
-        linears=_linears(graph),
-        channels=model.channels,
-        head_size=model.head_size,
-        seq_len=config.program.seq_len,
-        max_seq_len=min(model.max_seq_len, evaluation_tokens),
-        rows=rows,
-        padded_vocab_size=model.padded_vocab_size,
-    )
-    scratch = {name: value for name, value, _ in constants}
+    if target == "c":
+        constants = cpu.constants(
+            machine,
+            linears=_linears(graph),
+            channels=model.channels,
+            head_size=model.head_size,
+            seq_len=config.program.seq_len,
+            max_seq_len=min(model.max_seq_len, evaluation_tokens),
+            rows=rows,
+            padded_vocab_size=model.padded_vocab_size,
+        )
+        working = next(value for name, value, _ in constants if name == "THREAD_SCRATCH")
+    else:
+        constants = [("CHUNK", chunk, "rows of logits that exist at a time")]
+        working = aligned(scratch.bytes(graph, config, machine), alignment) // 4
     tables, offset = [], 0
     for t in (t for t in _constants(graph) if not t.layers):
         tables.append(Table(t.name, t.shape, offset, aligned(t.count.size, alignment // 4)))
@@ -260,7 +302,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Plan:
         evaluate=planned["evaluate"],
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
-        thread_scratch=scratch["THREAD_SCRATCH"],
+        thread_scratch=working,
         flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
         sizes=(*_sizes(config, evaluation_tokens), *constants),
         reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
@@ -352,8 +394,8 @@ def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Param
     return rows
 
 
-def _function(function: Function, layout: Layout, parameters: list[Parameter], alignment: int) -> FunctionPlan:
-    expressions = _Expressions(function, layout, {p.name: p for p in parameters}, alignment)
+def _function(function: Function, layout: Layout, parameters: list[Parameter], target: str) -> FunctionPlan:
+    expressions = _Expressions(function, layout, {p.name: p for p in parameters}, target)
     blocks = []
     for segment in function.segments:
         calls = []
@@ -370,8 +412,8 @@ def _function(function: Function, layout: Layout, parameters: list[Parameter], a
 class _Expressions:
     """Finished C expressions for the arguments of calls."""
 
-    def __init__(self, function: Function, layout: Layout, parameters: dict[str, Parameter], alignment: int):
-        self.layout, self.parameters, self.alignment = layout, parameters, alignment
+    def __init__(self, function: Function, layout: Layout, parameters: dict[str, Parameter], target: str):
+        self.layout, self.parameters, self.target, self.alignment = layout, parameters, target, ALIGNMENT[target]
         self.struct = {"forward_backward": "acts", "evaluate": "eval"}[function.name]
 
     def arguments(self, op: Op, segment: Segment) -> tuple[str, ...]:
@@ -384,7 +426,7 @@ class _Expressions:
                 arguments.append(_wide(sizes[name]) if isinstance(sizes[name], Dim) else c_float(sizes[name]))
             else:
                 t = op.tensor(name)
-                arguments.append(self.tensor(t) if t else "NULL")
+                arguments.append(self.tensor(t) if t else self.nothing(op, name))
         return tuple(arguments)
 
     def accumulate(self, op: Op, segment: Segment) -> str:
@@ -394,6 +436,13 @@ class _Expressions:
         if not shared:
             return "micro_batch > 0"
         return f"micro_batch > 0 || l {'<' if segment.reverse else '>'} {'L - 1' if segment.reverse else '0'}"
+
+    def nothing(self, op: Op, name: str) -> str:
+        """The argument for a tensor that is not there; an addend's type, which the function is compiled for, is said."""
+        if self.target == "c" or name != "addend":
+            return "NULL"
+        (key,) = (key for key, addend in op.kind.addends.items() if addend == name)
+        return f"({C_TYPES[op.outputs[key].dtype]} *)NULL"
 
     def tensor(self, t: Tensor) -> str:
         if t.role in ("parameter", "gradient"):

@@ -44,11 +44,13 @@ def config(source, target, settings, batch_size, seq_len, precision, cpu=None, a
 
 
 def plan(config: Config, target: str, cpu: str, arch: str | None) -> Plan:
-    return plans.make(config, target, cpu)
+    return plans.make(config, target, cpu, arch)
 
 
-def threads() -> int:
-    """Threads that an OpenMP program would use here."""
+def threads(target: str = "c") -> int:
+    """Threads that an OpenMP program would use here; 1 for a GPU, whose scratch memory is counted once."""
+    if target == "cuda":
+        return 1
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
@@ -74,15 +76,15 @@ def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
     text = render.source(made)
     where = folder(config, out)
     name = f"train_{config.family}"
-    source = where / f"{name}.c"
+    source = where / (f"{name}.cu" if target == "cuda" else f"{name}.c")
     if not source.is_file() or source.read_text() != text:
         with files.replacing(source) as output:
             output.write(text.encode())
-    program = where / name
+    program = where / (f"{name}cu" if target == "cuda" else name)
     if compile:
-        result = toolchain.compile(source, program, made.profile)
+        result = toolchain.compile(source, program, target, made.profile)
         return Built(source, result.line, program, result.notice)
-    return Built(source, toolchain.compile_line(name, made.profile), program)
+    return Built(source, toolchain.compile_line(name, target, made.profile), program)
 
 
 def run(config, target, cpu, arch, out, flags: list[str]) -> int:
@@ -144,12 +146,12 @@ def parse_size(text: str) -> int:
         raise UserError(f"--memory {text}: expected a size such as 24GB or 512MiB") from None
 
 
-def largest_batch(config: Config, target: str, cpu: str, memory: str) -> str:
+def largest_batch(config: Config, target: str, cpu: str, arch: str | None, memory: str) -> str:
     """One line: the largest batch size whose plan fits in so much memory. Raises UserError if not even 1 does."""
-    limit, n = parse_size(memory), threads()
+    limit, n = parse_size(memory), threads(target)
 
     def total(batch_size: int) -> int:
-        return plans.make(config.replace(batch_size=batch_size, total_batch_size=0), target, cpu).memory.total(n)
+        return plans.make(config.replace(batch_size=batch_size, total_batch_size=0), target, cpu, arch).memory.total(n)
 
     if total(1) > limit:
         raise UserError(
@@ -163,4 +165,5 @@ def largest_batch(config: Config, target: str, cpu: str, memory: str) -> str:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if total(middle) <= limit else (low, middle)
-    return f"largest batch_size: {low} (x {config.program.seq_len} tokens): {total(low):,} of {limit:,} bytes, {n} threads"
+    where = "on the GPU" if target == "cuda" else f"{n} threads"
+    return f"largest batch_size: {low} (x {config.program.seq_len} tokens): {total(low):,} of {limit:,} bytes, {where}"

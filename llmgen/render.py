@@ -7,8 +7,9 @@ from pathlib import Path
 import jinja2
 
 from llmgen import families, host, kernels, toolchain
-from llmgen.plan import Call, FunctionPlan, Parameter, Plan, c_float
+from llmgen.plan import C_TYPES, Call, FunctionPlan, Parameter, Plan, c_float
 
+TEMPLATES = {"c": "train.c.j2", "cuda": "train.cu.j2"}
 WIDTH = 120  # columns of the generated source
 
 
@@ -34,6 +35,7 @@ def environment() -> jinja2.Environment:
     env.filters["comment_lines"] = comment_lines
     env.filters["wrap"] = wrap
     env.filters["c_float"] = c_float
+    env.filters["c_type"] = C_TYPES.get
     env.filters["muon_parts"] = muon_parts
     return env
 
@@ -45,11 +47,14 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
     """
     config = plan.config
     name = f"train_{config.family}"
+    value = "float" if plan.target == "c" else "Value"
     sizes = [(f"{name} = {value},", comment) for name, value, comment in plan.sizes]
     context = {
         **host.context(config),
         "sizes": sizes,
-        "parameter_members": [(f"float *{p.name};", f"({p.shape})") for p in plan.parameters],
+        "target": plan.target,
+        "parameter_members": [(f"{value} *{p.name};", f"({p.shape})") for p in plan.parameters],
+        "weights_memory": "master_memory" if plan.has_master_weights else "params_memory",
         "activation_members": _buffer_members(plan.forward_backward),
         "evaluation_members": _buffer_members(plan.evaluate),
         "table_members": [(f"float *{t.name};", f"({', '.join(map(str, t.shape))})") for t in plan.tables],
@@ -57,20 +62,24 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "title": families.TITLES[config.family],
         "config": config,
         "model": config.model,
-        "compile_line": toolchain.compile_line(name, plan.profile),
+        "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "memory": plan.memory,
         "options": kernels.options(config.model, plan.evaluation_tokens),
-        "kernel_templates": kernels.templates(plan.templates),
+        "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
     }
+    if plan.target == "cuda":
+        context["options"] |= kernels.gpu_options(plan)
     env = environment()
     env.filters["call"] = statement or call
+    env.filters["on_gpu"] = "{}".format if plan.target == "c" else lambda tokens, n: f"tokens_to_gpu({tokens}, {n})"
+    env.filters["floats_from_gpu"] = "{}".format if plan.target == "c" else lambda at, n: f"floats_from_gpu({at}, {n})"
 
     def section(functions: frozenset) -> str:
         parts = [env.get_template(t).render(context, functions=functions) for t in context["kernel_templates"]]
         return "".join(parts)
 
     functions = kernels.with_helpers(plan.functions, context["kernel_templates"], templates_folder(), section)
-    return tidy(env.get_template("train.c.j2").render(context, functions=functions))
+    return tidy(env.get_template(TEMPLATES[plan.target]).render(context, functions=functions))
 
 
 def tidy(text: str) -> str:
@@ -82,12 +91,12 @@ def tidy(text: str) -> str:
 
     text = re.sub(r"^/\* ---- (.*?) -+( \*/)?$", heading, text, flags=re.M)
     text = re.sub(r"([^\n])\n(/\* ---- )", r"\1\n\n\2", text)
-    text = re.sub(r"^}\n(?=INLINE|static|/\*)", "}\n\n", text, flags=re.M)
+    text = re.sub(r"^}\n(?=INLINE|static|__global__|__device__|template|/\*)", "}\n\n", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _buffer_members(function: FunctionPlan) -> list[tuple[str, str]]:
-    return [(f"float *{b.name};", f"({', '.join(map(str, function.shape(b)))})") for b in function.buffers]
+    return [(f"{C_TYPES[b.dtype]} *{b.name};", f"({', '.join(map(str, function.shape(b)))})") for b in function.buffers]
 
 
 def call(c: Call, indent: int = 4) -> str:

@@ -1,7 +1,7 @@
 """Plans and configs as tables for people."""
 
 from llmgen.config import Config
-from llmgen.graph import product
+from llmgen.graph import ITEM_SIZE, product
 from llmgen.plan import Plan
 
 
@@ -33,7 +33,14 @@ def plan(plan: Plan, threads: int) -> str:
         f"micro-batch {program.batch_size} x {program.seq_len}"
     ]
     rows = [
-        [p.name, f"({p.shape})", f"{p.count * p.layers:,}", f"{p.bytes:,}", f"{p.offset * 4:,}", f"{p.file_offset:,}"]
+        [
+            p.name,
+            f"({p.shape})",
+            f"{p.count * p.layers:,}",
+            f"{p.bytes:,}",
+            f"{p.offset * ITEM_SIZE[p.tensor.dtype]:,}",
+            f"{p.file_offset:,}",
+        ]
         + ["yes" if p.decay else "", f"{p.initial_mean:g}" if not p.initial_std else f"N(0, {p.initial_std:.4g})"]
         for p in plan.parameters
     ]
@@ -46,6 +53,7 @@ def plan(plan: Plan, threads: int) -> str:
         for b in function.buffers
     ]
     parts.append(table(["activation", "shape", "values", "bytes", "offset", "place"], rows))
+    scratch = f"{threads} threads x {memory.scratch_per_thread:,}" if plan.target == "c" else "of the kernel that runs"
     rows = [
         ["parameters", f"{memory.parameters:,}", size(memory.parameters)],
         ["gradients", f"{memory.gradients:,}", size(memory.gradients)],
@@ -53,7 +61,7 @@ def plan(plan: Plan, threads: int) -> str:
         ["activations", f"{memory.activations:,}", size(memory.activations)],
         ["arena", f"{memory.arena:,}", f"{size(memory.arena)} (at least {memory.arena_lower_bound:,} alive at once)"],
         *([["constants", f"{memory.constants:,}", size(memory.constants)]] if memory.constants else []),
-        ["scratch", f"{threads * memory.scratch_per_thread:,}", f"{threads} threads x {memory.scratch_per_thread:,}"],
+        ["scratch", f"{threads * memory.scratch_per_thread:,}", scratch],
         ["total", f"{memory.total(threads):,}", size(memory.total(threads))],
     ]
     width = max(len(row[1]) for row in rows)

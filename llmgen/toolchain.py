@@ -1,12 +1,13 @@
 """Compiles a generated source: finds a compiler, chooses its flags, rebuilds only what changed.
 
-- CC names the compiler, else gcc, clang or cc is taken; CFLAGS come last, so that they win.
+- CC names the compiler of C, else gcc, clang or cc is taken; CFLAGS come last, so that they win. NVCC names nvcc.
 - A program is up to date if source, command and compiler are those it was made from (a hidden file beside it says so).
 - The program is compiled under another name and renamed; what the compiler says goes to a file beside it.
 """
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmgen.cpu import Profile
+from llmgen.cuda.architecture import Architecture
 from llmgen.errors import UserError
 
 C_COMPILERS = ("gcc", "clang", "cc")
+CUDA_FLAGS = ("-O3", "-std=c++17")
+OLDEST_CUDA = (12, 0)
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 C_FLAGS = ("-O3", "-std=gnu11")
 C_OPENMP = (("-fopenmp",), ("-Xpreprocessor", "-fopenmp", "-lomp"))  # the second is Apple's clang with libomp
 _OPENMP_PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
@@ -47,20 +52,66 @@ def c_command(
     return (*compiler, *C_FLAGS, *profile.flags, *openmp, *cflags, str(source), "-lm", "-o", str(program))
 
 
-def compile_line(name: str, profile: Profile) -> str:
-    """What stands at the top of the source NAME.c."""
-    return shlex.join(c_command(f"{name}.c", name, profile))
+def cuda_command(
+    source: str | Path,
+    program: str | Path,
+    machine: Architecture,
+    compiler: Sequence[str] = ("nvcc",),
+    more: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """The command that compiles a CUDA program."""
+    return (*compiler, *CUDA_FLAGS, *machine.flags, *more, str(source), "-o", str(program))
 
 
-def compile(source: Path, program: Path, profile: Profile, more: Sequence[str] = ()) -> Build:
-    """Compile a C source, unless the program is up to date. more: flags besides the usual ones.
+def compile_line(name: str, target: str, machine: Profile | Architecture) -> str:
+    """What stands at the top of the source NAME.c or NAME.cu."""
+    if target == "cuda":
+        return shlex.join(cuda_command(f"{name}.cu", f"{name}cu", machine))
+    return shlex.join(c_command(f"{name}.c", name, machine))
+
+
+def compile(source: Path, program: Path, target: str, machine: Profile | Architecture, more: Sequence[str] = ()) -> Build:
+    """Compile a source, unless the program is up to date. more: flags besides the usual ones.
 
     Raises UserError if there is no compiler (the line says how to compile elsewhere) or it fails (the line names the
     file with its output).
     """
+    return (_compile_cuda if target == "cuda" else _compile_c)(source, program, machine, more)
+
+
+def _compile_cuda(source: Path, program: Path, machine: Architecture, more: Sequence[str]) -> Build:
+    compiler = _find_compiler("NVCC", ("nvcc",)) or _usual_nvcc()
+    if compiler is None:
+        line = compile_line(source.stem, "cuda", machine)
+        raise UserError(f"nvcc was not found; take {source} where the CUDA toolkit is and compile it: {line}")
+    version = _nvcc_version(compiler)
+    if version < OLDEST_CUDA:
+        raise UserError(
+            f"{compiler[0]} is of CUDA {version[0]}.{version[1]}, but {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or later is needed; "
+            "name another with NVCC"
+        )
+    build = Build(program, cuda_command(source, program, machine, compiler, more))
+    _compile(source, build)
+    return build
+
+
+def _usual_nvcc() -> tuple[str, ...] | None:
+    """nvcc where the toolkit's installer puts it, if PATH lacks it."""
+    return (USUAL_NVCC,) if os.access(USUAL_NVCC, os.X_OK) else None
+
+
+def _nvcc_version(compiler: Sequence[str]) -> tuple[int, int]:
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.(\d+)", result.stdout)
+    if not found:
+        raise UserError(f"{compiler[0]} does not say its version as nvcc does; name nvcc with NVCC")
+    return int(found[1]), int(found[2])
+
+
+def _compile_c(source: Path, program: Path, profile: Profile, more: Sequence[str]) -> Build:
     compiler = _find_compiler("CC", C_COMPILERS)
     if compiler is None:
-        line = compile_line(program.name, profile)
+        line = compile_line(source.stem, "c", profile)
         raise UserError(f"no C compiler found (gcc, clang or cc); take {source} where there is one and compile it: {line}")
     cflags = shlex.split(os.environ.get("CFLAGS", ""))
     openmp = _probe_openmp(compiler, cflags)

@@ -23,7 +23,7 @@ def test_it_times_every_op_of_a_step(tmp_path):
 
 @needs_gcc
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
-def test_it_compares_products_attention_and_whole_steps_with_pytorch(tmp_path):
+def test_it_comparesproducts_attention_and_whole_steps_with_pytorch(tmp_path):
     text = "\n".join(succeeds("bench", "--against", "torch", *TINY, *QUICK, cwd=tmp_path))
     for line in ("linear_backward_weight 32 x 32 x 96", "backward 2 x 4 x 16 x 8", "ours ", "PyTorch, 384 tokens"):
         assert f"\n{line}" in text, line

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from llmgen import config, models, ops, passes, plan, reference
+from llmgen.config import ProgramConfig
 from llmgen.passes import fusion
 from llmgen.verify import random_parameters
 
@@ -32,7 +33,7 @@ def values_for(graph, seed=0):
 
 @pytest.mark.parametrize("chunk", [1, 5, 14])
 def test_the_fused_graph_gives_the_losses_and_gradients_of_the_plain_one(plain, chunk):
-    fused = passes.for_target(plain, "c", chunk)
+    fused = passes.for_target(plain, "c", chunk, ProgramConfig())
     values = values_for(plain)
     want = reference.run(plain.function("forward_backward"), values)
     got = reference.run(fused.function("forward_backward"), values)
@@ -55,7 +56,7 @@ def test_each_fusion_alone_changes_no_value(plain, rewrite):
 
 
 def test_the_fusions_leave_no_separate_add_gelu_or_logits(plain):
-    fused = passes.for_target(plain, "c", 5)
+    fused = passes.for_target(plain, "c", 5, ProgramConfig())
     kinds = [op.kind for op in fused.function("forward_backward").ops()]
     assert not {ops.ADD, ops.GELU, ops.GELU.derivative, ops.CROSS_ENTROPY, ops.CROSS_ENTROPY_BACKWARD} & set(kinds)
     assert kinds.count(ops.CLASSIFIER_BACKWARD) == 1
@@ -76,7 +77,7 @@ def test_an_add_whose_part_is_read_elsewhere_stays(plain):
 
 
 def test_later_micro_batches_add_to_the_gradients(plain):
-    fused = passes.for_target(plain, "c", 5).function("forward_backward")
+    fused = passes.for_target(plain, "c", 5, ProgramConfig()).function("forward_backward")
     first, second = values_for(plain, 2), values_for(plain, 3)
     second |= {p.name: first[p.name] for p in plain.parameters}
     one, two = reference.run(fused, first), reference.run(fused, second)
@@ -91,7 +92,9 @@ def test_later_micro_batches_add_to_the_gradients(plain):
 )
 def test_recomputing_what_is_cheap_changes_no_value(extra):
     graph = models.build(config.load("gpt2-nano", overrides={**SMALL, **extra}))
-    kept, again = (passes.for_target(graph, "c", 5, how).function("forward_backward") for how in ("none", "cheap"))
+    kept, again = (
+        passes.for_target(graph, "c", 5, ProgramConfig(recompute=how)).function("forward_backward") for how in ("none", "cheap")
+    )
     values = values_for(graph, 4)
     want, got = reference.run(kept, values), reference.run(again, values)
     assert len(list(again.ops())) > len(list(kept.ops()))

@@ -31,7 +31,7 @@ def source(tmp_path, monkeypatch):
 
 
 def build(source) -> toolchain.Build:
-    return toolchain.compile(source, source.with_suffix(""), PROFILE)
+    return toolchain.compile(source, source.with_suffix(""), "c", PROFILE)
 
 
 def script(folder, name: str, body: str):
@@ -102,7 +102,7 @@ def test_without_a_compiler_the_line_says_how_to_compile_elsewhere(source, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError) as error:
         build(source)
-    assert str(source) in str(error.value) and toolchain.compile_line("hello", PROFILE) in str(error.value)
+    assert str(source) in str(error.value) and toolchain.compile_line("hello", "c", PROFILE) in str(error.value)
     monkeypatch.setenv("CC", "no-such-cc")
     with pytest.raises(UserError, match="CC=no-such-cc"):
         build(source)

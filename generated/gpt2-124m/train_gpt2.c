@@ -244,9 +244,10 @@ static void *allocate(size_t bytes) {
     return memory;
 }
 
+static size_t model_bytes; /* allocated for the model, so that the program can say what it uses */
+
 /* Memory for the model: zeroed, on a cache line, in large pages where the system has them. It is touched here, so that a
- * machine too small is noticed now, and counted, so that the program can say what it uses. */
-static size_t model_bytes;
+ * machine too small is noticed now. */
 static void *allocate_tensors(size_t bytes) {
     const size_t page = (size_t)2 << 20, alignment = bytes < page ? 64 : page;
     void *memory = NULL;
@@ -1567,23 +1568,23 @@ static void load_weights(const char *path) {
         die(1, "%s: %s is %d, but this program is built for %d; build one for it with llmgen build --config %s", path,
             weights_header[i].name, header[2 + i], weights_header[i].value, path);
     }
-    const int bf16 = header[1] == WEIGHTS_BF16;
-    check_bytes(bytes, count_parameters() * (bf16 ? 2 : 4), path);
-    if (bf16) say("%s: bf16, converted to fp32\n", path);
+    const int is_bf16 = header[1] == WEIGHTS_BF16;
+    check_bytes(bytes, count_parameters() * (is_bf16 ? 2 : 4), path);
+    if (is_bf16) say("%s: bf16, converted to fp32\n", path);
     for (int i = 0; i < NUM_TENSORS; i++) {
         const TensorRow *row = &parameter_table[i];
         for (int l = 0; l < row->layers; l++) {
             float *values = params_memory + row->offset + (size_t)l * row->stride;
-            if (bf16) read_bf16(file, values, row->count, path);
+            if (is_bf16) read_bf16(file, values, row->count, path);
             else read_input(file, values, row->count * sizeof(float), path);
         }
     }
     fclose(file);
 }
 
-static void save_weights(const char *path, int bf16) {
+static void save_weights(const char *path, int as_bf16) {
     int32_t header[HEADER_INTS] = { WEIGHTS_MAGIC };
-    header[1] = bf16 ? WEIGHTS_BF16 : WEIGHTS_FP32;
+    header[1] = as_bf16 ? WEIGHTS_BF16 : WEIGHTS_FP32;
     for (int i = 0; i < WEIGHTS_HEADER; i++) header[2 + i] = weights_header[i].value;
     FILE *file = open_output(path);
     write_output(file, header, HEADER_BYTES);
@@ -1591,7 +1592,7 @@ static void save_weights(const char *path, int bf16) {
         const TensorRow *row = &parameter_table[i];
         for (int l = 0; l < row->layers; l++) {
             const float *values = params_memory + row->offset + (size_t)l * row->stride;
-            if (bf16) write_bf16(file, values, row->count);
+            if (as_bf16) write_bf16(file, values, row->count);
             else write_output(file, values, row->count * sizeof(float));
         }
     }
@@ -1981,7 +1982,8 @@ static void write_debug_state(const Settings *s, Loader *data) {
     for (int i = 0; i < NUM_TENSORS; i++) {
         const TensorRow *row = &parameter_table[i];
         for (int l = 0; l < row->layers; l++) {
-            write_output(file, grads_memory + row->offset + (size_t)l * row->stride, row->count * sizeof(float));
+            const float *values = grads_memory + row->offset + (size_t)l * row->stride;
+            write_output(file, values, row->count * sizeof(float));
         }
     }
     close_output(file);

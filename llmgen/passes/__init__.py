@@ -1,17 +1,15 @@
 """Rewrites of the graph, chosen per target."""
 
+from llmgen.config import ProgramConfig
 from llmgen.graph import Graph
-from llmgen.passes import fusion, recompute
+from llmgen.passes import fusion, precision, recompute
 
 
-def for_target(graph: Graph, target: str, chunk: int, again: str = "none") -> Graph:
-    """The graph as a target computes it.
-
-    chunk: rows of logits the classifier holds at a time. again: the config's `recompute`.
-    """
+def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) -> Graph:
+    """The graph as a target computes it. chunk: rows of logits the classifier holds at a time."""
     functions = []
     for function in graph.functions:
-        if again == "cheap":
+        if program.recompute == "cheap":
             function = recompute.cheap(function)
         function = fusion.join_segments(function)
         function = fusion.add_into(function)
@@ -19,4 +17,5 @@ def for_target(graph: Graph, target: str, chunk: int, again: str = "none") -> Gr
         function = fusion.linear_backward_gelu(function)
         function = fusion.classifier(function, chunk)
         functions.append(function)
-    return Graph(graph.parameters, tuple(functions))
+    graph = Graph(graph.parameters, tuple(functions))
+    return precision.bf16(graph, program.residual_precision) if program.precision == "bf16" else graph

@@ -1,0 +1,190 @@
+"""Matrix products of the portable CUDA kernels (templates/cuda/gemm.j2): which tile and how many parts each one gets.
+
+Plain functions of integers. What comes out is `options["products"]` for the templates, and bytes of scratch for the plan.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KiB = 1 << 10
+LAYOUTS = {  # function -> the product's layout, and its rows, columns and terms of n, c, oc
+    "linear_forward": lambda n, c, oc: (n, oc, c),
+    "linear_gelu_forward": lambda n, c, oc: (n, oc, c),
+    "linear_backward_input": lambda n, c, oc: (n, c, oc),
+    "linear_backward_input_gelu": lambda n, c, oc: (n, c, oc),
+    "linear_backward_weight": lambda n, c, oc: (oc, c, n),
+}
+SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
+SUM_PARTS = 64  # of the rows, for the sums of columns: as column_sums in gemm.j2
+LEAST_TERMS = 256  # in a part: fewer do not pay for the start of the pipeline
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block computes. speed: TFLOP/s of one multiprocessor full of such blocks, on long sums; relations count."""
+
+    rows: int
+    columns: int
+    depth: int  # of a step of k
+    stages: int
+    warps_m: int
+    warps_n: int
+    blocks: int  # on one multiprocessor
+    speed: float
+
+    @property
+    def name(self) -> str:
+        return f"Tile{self.rows}x{self.columns}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.stages * self.depth * (self.rows + self.columns)
+
+    @property
+    def product(self) -> str:
+        """The C++ of its product, up to the first template argument that a function decides."""
+        return f"matmul<{self.name}, "
+
+
+@dataclass(frozen=True)
+class FloatTile:
+    """The same for products of floats, on tiles of side x side."""
+
+    side: int
+    blocks: int
+    speed: float
+
+    rows = property(lambda self: self.side)
+    columns = property(lambda self: self.side)
+    depth = 16
+
+    @property
+    def product(self) -> str:
+        return f"matmul_f32<{self.side}, "
+
+
+TILES = (
+    Tile(128, 128, 32, 4, 2, 2, 2, 3.2),
+    Tile(64, 64, 64, 3, 2, 2, 3, 2.2),
+)
+FLOAT_TILES = (
+    FloatTile(128, 2, 0.36),
+    FloatTile(64, 8, 0.3),
+)
+BANDWIDTH = 2.0  # TB/s, of the sums over parts
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A call of one of the functions above."""
+
+    function: str
+    n: int
+    c: int
+    oc: int
+
+    @property
+    def product(self) -> tuple[int, int, int]:
+        """Rows and columns of the result, terms of each sum."""
+        return LAYOUTS[self.function](self.n, self.c, self.oc)
+
+    def aligned(self, precision: str) -> bool:
+        """Whether the rows of all its matrices are multiples of 16 bytes."""
+        values = 8 if precision == "bf16" else 4
+        return self.c % values == 0 and self.oc % values == 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    tile: Tile | FloatTile
+    parts: int  # of the sums
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of a function: where `when` (C, empty for always) holds, this tile computes it."""
+
+    when: str
+    product: str
+    aligned: str
+
+
+def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
+    """The fastest by a simple model: whole waves of blocks, and a pass over memory for the sum of the parts."""
+    m, n, k = shape.product
+    if precision == "bf16" and not shape.aligned(precision):
+        return Choice(TILES[-1], _parts_limit(shape) and 1)
+    candidates = []
+    for tile in TILES if precision == "bf16" else FLOAT_TILES:
+        tiles = -(-m // tile.rows) * -(-n // tile.columns)
+        slots = multiprocessors * tile.blocks
+        for parts in range(1, _parts_limit(shape) + 1):
+            terms = -(-k // (parts * tile.depth)) * tile.depth + 64  # the pipeline's start and the epilogue cost as 64 terms
+            waves = -(-tiles * parts // slots)
+            seconds = waves * tile.blocks * 2 * tile.rows * tile.columns * terms / (tile.speed * 1e12)
+            if parts > 1:
+                seconds += 3e-6 + 4 * m * n * (2 * parts + 1) / (BANDWIDTH * 1e12)
+            candidates.append((seconds, parts, tile))
+    _, parts, tile = min(candidates, key=lambda candidate: candidate[:2])
+    return Choice(tile, parts)
+
+
+def _parts_limit(shape: Shape) -> int:
+    m, n, k = shape.product
+    if shape.function != "linear_backward_weight":
+        return 1
+    return max(1, min(32, k // LEAST_TERMS, SCRATCH_LIMIT // (4 * m * n)))
+
+
+def scratch_bytes(shape: Shape, precision: str, multiprocessors: int) -> int:
+    """What a function needs of the device memory that all kernels share."""
+    if shape.function != "linear_backward_weight":
+        return 0
+    parts = choose(shape, precision, multiprocessors).parts
+    return 4 * max(parts * shape.oc * shape.c if parts > 1 else 0, SUM_PARTS * shape.oc)
+
+
+def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> dict:
+    """What the templates need: `tiles`, for each function its rules, and `parts` of weight gradients.
+
+    Rules look at c and oc alone, so that they serve any number of rows. Without a shape of a function: rules for any shape.
+    """
+    found: dict = {"tiles": [], "parts": []}
+    shapes = list(shapes)
+    for function in LAYOUTS:
+        mine = {(s.c, s.oc): s for s in shapes if s.function == function}
+        groups: dict = {}
+        for (c, oc), shape in mine.items():
+            choice = choose(shape, precision, multiprocessors)
+            groups.setdefault((choice.tile, shape.aligned(precision)), []).append(f"c == {c} && oc == {oc}")
+            if choice.parts > 1:
+                found["parts"].append({"when": f"c == {c} && oc == {oc}", "parts": choice.parts})
+        found[function] = _rules(groups) if groups else any_shape(precision)
+        found["tiles"] += [tile for tile, _ in groups] if groups else TILES
+    found["tiles"] = [tile for tile in TILES if tile in found["tiles"]] if precision == "bf16" else []
+    return found
+
+
+def _rules(groups: dict) -> list[Rule]:
+    """One rule for each tile; the one with the most shapes comes last and needs no condition."""
+    ordered = sorted(groups.items(), key=lambda item: len(item[1]))
+    rules = []
+    for i, ((tile, aligned), conditions) in enumerate(ordered):
+        when = " || ".join(f"({c})" for c in conditions) if len(conditions) > 1 else conditions[0]
+        rules.append(Rule("" if i == len(ordered) - 1 else when, tile.product, "true" if aligned else "false"))
+    return rules
+
+
+def any_shape(precision: str) -> list[Rule]:
+    """Rules that fit every c and oc: for functions that are compiled before their shapes are known."""
+    values, tiles = (8, TILES) if precision == "bf16" else (4, FLOAT_TILES)
+    small = tiles[-1].product
+    return [
+        Rule(f"c % {values} || oc % {values}", small, "false"),
+        Rule("c <= 64 || oc <= 64", small, "true"),
+        Rule("", tiles[0].product, "true"),
+    ]
