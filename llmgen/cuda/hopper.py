@@ -17,12 +17,11 @@ class Tile:
     cluster_n: int = 1
     stages: int = 4
     buffers: int = 1  # of each warp, for its pieces of out
-    piece: int = 64  # columns of such a piece
 
     @property
     def name(self) -> str:
         kind = "Pingpong" if self.pingpong else "Joint"
-        return f"{kind}{self.tile_rows}x{self.columns}s{self.stages}_{self.cluster_m}x{self.cluster_n}"
+        return f"{kind}{self.tile_rows}x{self.columns}s{self.stages}b{self.buffers}_{self.cluster_m}x{self.cluster_n}"
 
     @property
     def tile_rows(self) -> int:
