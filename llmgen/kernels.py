@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmgen.config import ModelConfig
 from llmgen.cpu import Profile
+from llmgen.cuda import products
 from llmgen.cuda.architecture import Architecture
 from llmgen.plan import Plan
 
@@ -30,17 +31,20 @@ def gpu_options(plan: Plan) -> dict:
         "arch": machine.name,
         "hopper": machine.is_hopper,
         "least_arch": machine.least,
+        "products": products.options(products.shapes(plan.graph), program.precision, machine.multiprocessors),
     }
 
 
-def options(model: ModelConfig, evaluation_tokens: int | None = None) -> dict:
+def options(model: ModelConfig, evaluation_tokens: int | None = None, *, cached: bool = False) -> dict:
     """What the op templates choose by: names of widths in C, and the switches of the model.
 
     evaluation_tokens: that `evaluate` takes at most, where that can be fewer than the model's longest sequence.
+    cached: rows are tokens at positions of their own, with a cache of keys and values.
     """
     plain = model.num_heads * model.head_size == model.channels
     grouped = model.num_kv_heads != model.num_heads
     return {
+        "cached": cached,
         "attention": "C" if plain else "NH * HS",
         "attention_shape": "C" if plain else "NH*HS",
         "qkv": "3 * C" if plain and not grouped else "QKV",

@@ -22,12 +22,13 @@ _STEP = re.compile(rb"step (\d+)/(\d+) \| loss (\S+) \| norm (\S+) \| lr (\S+) \
 _VAL_LOSS = re.compile(rb"val loss (\S+)\n")
 
 
-def run(program: str | Path, flags: Sequence[str]) -> int:
+def run(program: str | Path, flags: Sequence[str], *, follow: bool = True) -> int:
     """Run a program to its end. Returns its exit status; 128 + N if signal N ended it.
 
+    follow: on a terminal, show its steps as they come; else what it prints is left as it is.
     Raises UserError if it cannot be started, or if it crashed.
     """
-    live = sys.stdout.isatty() and sys.stderr.isatty()
+    live = follow and sys.stdout.isatty() and sys.stderr.isatty()
     sys.stdout.flush()
     with _forwarding_signals() as started:
         try:

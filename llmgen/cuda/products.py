@@ -6,6 +6,8 @@ Plain functions of integers. What comes out is `options["products"]` for the tem
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmgen.graph import Graph
+
 KiB = 1 << 10
 LAYOUTS = {  # function -> the product's layout, and its rows, columns and terms of n, c, oc
     "linear_forward": lambda n, c, oc: (n, oc, c),
@@ -13,6 +15,10 @@ LAYOUTS = {  # function -> the product's layout, and its rows, columns and terms
     "linear_backward_input": lambda n, c, oc: (n, c, oc),
     "linear_backward_input_gelu": lambda n, c, oc: (n, c, oc),
     "linear_backward_weight": lambda n, c, oc: (oc, c, n),
+}
+CLASSIFIERS = {
+    "classifier_forward": ("linear_forward",),
+    "classifier_forward_backward": ("linear_forward", "linear_backward_input", "linear_backward_weight"),
 }
 SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
 SUM_PARTS = 64  # of the rows, for the sums of columns: as column_sums in gemm.j2
@@ -73,7 +79,7 @@ TILES = (
 )
 FLOAT_TILES = (
     FloatTile(128, 2, 0.36),
-    FloatTile(64, 8, 0.3),
+    FloatTile(64, 6, 0.3),
 )
 BANDWIDTH = 2.0  # TB/s, of the sums over parts
 
@@ -98,6 +104,21 @@ class Shape:
         return self.c % values == 0 and self.oc % values == 0
 
 
+def shapes(graph: Graph) -> list[Shape]:
+    """The products of a program, those inside the classifier included."""
+    found = {}
+    for op in (op for function in graph.functions for op in function.ops()):
+        name = op.kind.function
+        if name in LAYOUTS:
+            sizes = op.kind.sizes(op)
+            n, c, oc = sizes["n"].size, sizes["c"].size, sizes["oc"].size
+        elif name in CLASSIFIERS:
+            n, (oc, c) = op.outputs["logits"].shape[0].size, (d.size for d in op.inputs["weight"].shape)
+        for function in CLASSIFIERS.get(name, (name,) if name in LAYOUTS else ()):
+            found.setdefault((function, c, oc), Shape(function, n, c, oc))
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Choice:
     tile: Tile | FloatTile
@@ -117,7 +138,7 @@ def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
     """The fastest by a simple model: whole waves of blocks, and a pass over memory for the sum of the parts."""
     m, n, k = shape.product
     if precision == "bf16" and not shape.aligned(precision):
-        return Choice(TILES[-1], _parts_limit(shape) and 1)
+        return Choice(TILES[-1], 1)
     candidates = []
     for tile in TILES if precision == "bf16" else FLOAT_TILES:
         tiles = -(-m // tile.rows) * -(-n // tile.columns)
@@ -164,7 +185,7 @@ def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> di
             if choice.parts > 1:
                 found["parts"].append({"when": f"c == {c} && oc == {oc}", "parts": choice.parts})
         found[function] = _rules(groups) if groups else any_shape(precision)
-        found["tiles"] += [tile for tile, _ in groups] if groups else TILES
+        found["tiles"] += [tile for tile, _ in groups] if shapes else TILES
     found["tiles"] = [tile for tile in TILES if tile in found["tiles"]] if precision == "bf16" else []
     return found
 

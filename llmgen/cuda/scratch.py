@@ -1,6 +1,7 @@
 """How much device memory the kernels need beside the tensors, and how many rows of logits exist at a time."""
 
 from llmgen.config import Config
+from llmgen.cuda import products
 from llmgen.cuda.architecture import Architecture
 from llmgen.graph import Graph
 
@@ -15,4 +16,5 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
 
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     """The most that any one kernel needs: they run one after another."""
-    return 64 << 20
+    shapes, precision = products.shapes(graph), config.program.precision
+    return max([64 << 20, *(products.scratch_bytes(shape, precision, machine.multiprocessors) for shape in shapes)])
