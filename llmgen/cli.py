@@ -187,6 +187,24 @@ def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, tex
     click.echo(made.summary())
 
 
+@cli.command("export-eval")
+@click.argument("source", metavar="SOURCE.jsonl")
+@click.option(
+    "--tokenizer",
+    default="gpt2",
+    show_default=True,
+    metavar="T",
+    help="gpt2, bytes, a folder with a tokenizer.json, or the file.",
+)
+@click.option("--out", required=True, metavar="FILE", help="The file for the trainer's --eval-data.")
+@click.option("--examples", type=click.IntRange(1), metavar="N", help="Only the first N.")
+def export_eval(source, tokenizer, out, examples):
+    """Encodes multiple-choice questions, lines of JSON as HellaSwag has them."""
+    from llmgen import evaluation
+
+    click.echo(evaluation.export_eval(source, tokenizer, out, examples))
+
+
 @cli.command("export-weights")
 @click.argument("source")
 @click.option("--out", required=True, metavar="FILE", help="The weights file.")
@@ -241,6 +259,35 @@ def bench(against, steps, rounds, **choices):
         bench_gpu.bench(config, choices["arch"], against, steps, rounds, click.echo)
     else:
         bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", metavar="FILE", help="The figure: .png, .svg or .pdf.")
+@click.option("--x", "axis", type=click.Choice(["step", "tokens", "hours"]), default="step", show_default=True)
+@click.option("--smooth", type=float, metavar="N", help="Steps to smooth over; 1 is not at all. [default: a 50th of the run]")
+@click.option("--tensorboard", metavar="DIR", help="Writes event files below this folder, for tensorboard --logdir.")
+def plot(runs, out, axis, smooth, tensorboard):
+    """Compares runs, named by their log folders: loss curves in one figure."""
+    if not out and not tensorboard:
+        raise click.UsageError("Missing option '--out' (or '--tensorboard').")
+    if out:
+        from llmgen import plot
+
+        click.echo(plot.plot(runs, out, axis, smooth))
+    if tensorboard:
+        from llmgen import metrics
+
+        for run in map(metrics.read, runs):
+            click.echo(metrics.write_events(run, os.path.join(tensorboard, run.name)))
+
+
+@cli.command()
+def doctor():
+    """Checks compilers, OpenMP, CUDA, driver, GPU, vocabulary and disk, and says how to mend each."""
+    from llmgen.doctor import doctor
+
+    sys.exit(0 if doctor(click.echo) else 1)
 
 
 def main():

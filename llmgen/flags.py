@@ -34,6 +34,7 @@ FLAGS = (
     Flag("save-dtype", "", "text", "TYPE", "fp32 or bf16, for --save"),
     Flag("train-data", "i", "text", "GLOB", "token shards to train on, taken in order"),
     Flag("val-data", "j", "text", "GLOB", "token shards to validate on"),
+    Flag("eval-data", "", "text", "FILE", "multiple-choice examples to answer whenever it validates"),
     Flag("tokenizer", "", "text", "FILE", "table of the tokens' texts, to print samples"),
     Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl and checkpoints"),
     Flag("steps", "x", "integer", "N", "optimizer steps; -1 is one epoch, 0 trains nothing", minimum=-1),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from llmgen import flags, generation, models
 from llmgen.config import BYTE_VOCABULARY, Config
-from llmgen.formats import debug_state, files, tokenizer, tokens, training_state, weights
+from llmgen.formats import debug_state, evaluation, files, tokenizer, tokens, training_state, weights
 
 # a field of a weights header -> the constant of the generated program that it must equal
 _SIZES = {
@@ -28,6 +28,8 @@ def context(config: Config) -> dict:
         "rebuild": "build one for it with llmgen build --config",
         **_shared(config, flags.program_flags(config)),
         "token_versions": {kind: version for kind, (version, _) in tokens.LAYOUTS.items()},
+        "examples_version": evaluation.VERSION,
+        "example_begin": evaluation.BEGIN,
         "debug_state_version": debug_state.VERSIONS[layout],
         "state_version": training_state.VERSION,
         "state_entries": training_state.ENTRIES,

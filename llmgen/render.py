@@ -70,7 +70,9 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "memory": plan.memory,
         "options": kernels.options(config.model, plan.evaluation_tokens),
         "model_template": f"{plan.target}/model.j2",
-        "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
+        "kernel_templates": kernels.templates(
+            plan.templates, plan.target, plan.profile, config.program.precision, config.model
+        ),
     }
     if plan.target == "cuda":
         context["options"] |= kernels.gpu_options(plan)
@@ -97,6 +99,7 @@ def generation(plan: GenerationPlan) -> str:
         "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "options": kernels.options(config.model, cached=True),
         "model_template": "c/generate_model.j2",
+        "weights_memory": "params_memory",
         "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
         "letters": numbers(characters.LETTERS),
         "numbers": numbers(characters.NUMBERS),

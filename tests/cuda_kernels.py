@@ -140,27 +140,27 @@ def _export(name: str, text: str) -> str:
     return f'extern "C" void harness_{name}({parameters}) {{ {function}({values}); }}\n'
 
 
-def build(folder: Path, device: str, *args, architecture: str | None = None, **kwargs) -> "Library":
+def build(folder: Path, device: str, *args, architecture: str | None = None, races: bool = False, **kwargs) -> "Library":
     """Renders (see `source`), compiles and loads; what has been compiled in the folder is not compiled again.
 
-    architecture: for nvcc, if not the present GPU's.
+    architecture: for nvcc, if not the present GPU's. races: the emulator also looks for races in shared memory.
     """
     text = source(*args, **kwargs)
     functions = kwargs["functions"] if "functions" in kwargs else args[3]
-    compiled = compile_text(folder, device, text, architecture)
+    compiled = compile_text(folder, device, text, architecture, races)
     plain = {"floatX": kwargs.get("precision", "bf16"), "floatR": kwargs.get("residual", "bf16")}
     if plain["floatX"] == "fp32":
         plain["floatR"] = "fp32"
     return Library(compiled, device, functions, plain, kwargs.get("scratch", 1 << 20))
 
 
-def compile_text(folder: Path, device: str, text: str, architecture: str | None = None) -> Path:
-    key = hashlib.sha256(f"{device} {architecture} {text}".encode()).hexdigest()[:16]
+def compile_text(folder: Path, device: str, text: str, architecture: str | None = None, races: bool = False) -> Path:
+    key = hashlib.sha256(f"{device} {architecture} {races} {text}".encode()).hexdigest()[:16]
     path, library = folder / f"{key}.cu", folder / f"{key}.so"
     if not library.exists():
         path.write_text(text)
         if device == "emulator":
-            emulator.compile(path, library, shared=True)
+            emulator.compile(path, library, shared=True, races=races)
         else:
             arch = architecture or present_architecture()
             command = ["nvcc", f"-arch={arch}", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]

@@ -28,9 +28,9 @@ def rng():
     return np.random.default_rng(0)
 
 
-def own(folder, device, kernels: str, **functions: str) -> cuda_kernels.Library:
+def own(folder, device, kernels: str, races: bool = False, **functions: str) -> cuda_kernels.Library:
     """A library of the test's own kernels."""
-    return cuda_kernels.build(folder, device, {"C": 16}, MODEL, [], functions, more=kernels)
+    return cuda_kernels.build(folder, device, {"C": 16}, MODEL, [], functions, more=kernels, races=races)
 
 
 # A product of 32x32 matrices by one warp in the way the real kernels go about it: c = a . b^T, a and b (32, 32).
@@ -120,6 +120,39 @@ def test_sums_by_shuffles_and_static_shared_memory_of_several_blocks(folder, dev
 def test_a_missing_barrier_shows(folder, rng):
     got, want = shuffles(folder, "emulator", rng, "")
     assert not np.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+RACES = """
+__global__ void races_kernel(float *out, const float *inp, int which) {
+    extern __shared__ float shared[];
+    const int i = threadIdx.x;
+    for (int round = 0; round < 3; round++) {
+        cp_async(shared_address(shared + 4 * i), inp + 4 * i, 16);
+        cp_async_commit();
+        cp_async_wait<0>();
+        if (which != 1) __syncthreads();
+        out[i] = shared[(4 * i + 128 * (round + 1)) % 512];
+        if (which != 2) __syncthreads();
+        shared[i] = i;
+        if (which == 3) __syncwarp();
+        else asm volatile("bar.sync %0, %1;" ::"r"(1 + i / 64), "r"(64) : "memory");
+        out[i] += shared[i / 64 * 64 + (i + 32) % 64];
+        __syncthreads();
+    }
+}
+static void races(float *out, const float *inp, int which) { races_kernel<<<1, 128, 2048, stream>>>(out, inp, which); }
+"""
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_races_are_found_whatever_the_order(folder, rng, which):
+    library = own(folder, "emulator", RACES, races=True, races_="races(float *out, const float *inp, int which)")
+    out, inp = np.zeros(128, np.float32), rng.standard_normal(512, dtype=np.float32)
+    if which == 0:
+        library.races_(out, inp, 0)
+        return
+    with pytest.raises(cuda_kernels.Failure, match="a race: it"):
+        library.races_(out, inp, which)
 
 
 TURNS = """

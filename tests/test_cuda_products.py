@@ -1,5 +1,7 @@
 """The portable matrix products of target cuda: which kernel each gets, and that each is right for any shape."""
 
+from dataclasses import replace
+
 import cuda_kernels
 import emulator
 import numpy as np
@@ -17,7 +19,7 @@ FUNCTIONS = {
     "linear_forward_residual": f"linear_forward(floatR *out, {IN}inp, {IN}weight, {IN}bias, const floatR *addend, {SIZES})",
     "linear_gelu_forward": f"{X}out, {X}pre, {IN}inp, {IN}weight, {IN}bias, {SIZES}",
     "linear_backward_input": f"{X}dinp, {IN}dout, {IN}weight, {SIZES}",
-    "linear_backward_input_gelu": f"{X}dinp, {IN}dout, {IN}weight, {IN}pre, {SIZES}",
+    "linear_backward_input_gelu": f"{X}dinp, {IN}dout, {IN}weight, {IN}pre, {SIZES}, float *dsum, int accumulate",
     "linear_backward_weight": f"float *dweight, float *dbias, {IN}dout, {IN}inp, {SIZES}, int accumulate",
 }
 # (n, c, oc): one tile and less, edges of tiles, rows of 200 bytes, odd rows, long sums, one of everything
@@ -50,7 +52,7 @@ def library(folder, device, precision, chosen):
         precision=precision,
         residual="fp32",
         options={"products": chosen},
-        scratch=4 << 20,
+        scratch=32 << 20,
     )
 
 
@@ -91,8 +93,15 @@ def check(library, precision, n, c, oc, seed=0):
     product = dout.astype(float) @ weight.astype(float)
     library.linear_backward_input(dinp, dout, weight, n, c, oc)
     close(dinp, product, oc)
-    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc)
-    close(dinp, product * gelu_derivative(inner.astype(float)), oc)
+    product, dsum = product * gelu_derivative(inner.astype(float)), np.full(c, np.nan, np.float32)
+    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, None, 0)
+    close(dinp, product, oc)
+    dinp[...] = np.nan
+    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, dsum, 0)
+    close(dinp, product, oc)
+    close(dsum, product.sum(axis=0), n * oc, "fp32")
+    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, dsum, 1)
+    close(dsum, 2 * product.sum(axis=0), n * oc, "fp32")
 
     dweight, dbias = np.full((oc, c), np.nan, np.float32), np.full(oc, np.nan, np.float32)
     product, sums = dout.T.astype(float) @ inp.astype(float), dout.astype(float).sum(axis=0)
@@ -108,13 +117,12 @@ def check(library, precision, n, c, oc, seed=0):
 
 def only(tile, parts=1):
     """Options with which everything is computed on this tile, whatever the shape; sums over rows in parts."""
-    rules = [products.Rule("c % 8 == 0 && oc % 8 == 0", tile.product, "true"), products.Rule("", tile.product, "false")]
-    tiles = [tile] if isinstance(tile, products.Tile) else []
-    return {
-        **dict.fromkeys(products.LAYOUTS, rules),
-        "tiles": tiles,
-        "parts": [{"when": "n >= 1", "parts": parts}] if parts > 1 else [],
-    }
+    chosen = {"tiles": [tile] if isinstance(tile, products.Tile) else []}
+    for function in products.LAYOUTS:
+        many = parts if function == "linear_backward_weight" else 0
+        rule = products.Rule("c % 8 == 0 && oc % 8 == 0", tile.product(function), "true", many)
+        chosen[function] = [rule, replace(rule, when="", aligned="false")]
+    return chosen
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -1,4 +1,7 @@
-"""The CUDA program: planned, rendered, compiled without a GPU; with one (marker `gpu`) verified, trained, checked for races."""
+"""The CUDA program: planned, rendered, compiled; verified on the emulator, and where there is a GPU (marker `gpu`) on that.
+
+On a GPU it is also trained twice, and checked by compute-sanitizer.
+"""
 
 import json
 import re
@@ -6,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import emulator
 import numpy as np
 import pytest
 from command import fails, succeeds
@@ -129,16 +133,36 @@ class OnGpu:
     pytestmark = needs_gpu
 
 
-def verified(config: configs.Config) -> list[str]:
+def verified(config: configs.Config, emulated: bool = False) -> list[str]:
     lines = []
 
     def build(config, folder: Path) -> Path:
-        return program.build(config, "cuda", "native", None, folder).program
+        if not emulated:
+            return program.build(config, "cuda", "native", None, folder).program
+        built = program.build(config, "cuda", "native", "sm_80", folder, compile=False)
+        emulator.compile(built.source, folder / "emulated")
+        return folder / "emulated"
 
     passed = verify.verify(config, build, lines.append)
     print("\n".join(lines))
     assert passed, "\n".join(lines)
     return lines
+
+
+@pytest.mark.skipif(not emulator.available(), reason="the emulator is for g++ on x86-64 Linux")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp32"},
+        {"precision": "bf16", "channels": 99, "num_heads": 3, "vocab_size": 101, "residual_precision": "fp32"},
+        {"precision": "bf16", "family": "gemma", "num_kv_heads": 1, "attention_window": [0, 8], "logit_softcap": 30.0},
+        {"precision": "fp32", "family": "qwen3", "num_kv_heads": 1, "recompute": "cheap"},
+    ],
+    ids=lambda overrides: " ".join(f"{key}={value}" for key, value in overrides.items()),
+)
+def test_a_model_is_right_on_the_emulator(overrides):
+    verified(family(**{"channels": 32, "seq_len": 21, "max_seq_len": 32, "batch_size": 3, **overrides}), emulated=True)
 
 
 class TestVerified(OnGpu):

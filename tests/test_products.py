@@ -42,12 +42,11 @@ def test_parts_fit_their_scratch_and_are_not_too_short():
         for precision in ("bf16", "fp32"):
             parts = products.choose(shape, precision, 132).parts
             assert parts == 1 or n >= parts * products.LEAST_TERMS
-            sums = 4 * products.SUM_PARTS * oc
-            assert products.scratch_bytes(shape, precision, 132) <= max(products.SCRATCH_LIMIT, sums)
+            assert products.scratch_bytes(shape, precision, 132) <= products.SCRATCH_LIMIT + (32 << 20)
 
 
-def test_only_weight_gradients_need_scratch():
-    for function in ALL[:-1]:
+def test_products_without_sums_over_rows_need_no_scratch():
+    for function in ALL[:3]:
         assert products.scratch_bytes(Shape(function, MANY, 768, 768), "bf16", 132) == 0
 
 

@@ -319,8 +319,8 @@ static void handle_signals(void) {
 /* ---- settings: what the flags say -------------------------------------------------------------------------------- */
 
 typedef struct {
-    const char *load, *save, *save_dtype, *train_data, *val_data, *tokenizer, *log_dir, *lr_schedule, *prompt_tokens,
-        *debug_state;
+    const char *load, *save, *save_dtype, *train_data, *val_data, *eval_data, *tokenizer, *log_dir, *lr_schedule,
+        *prompt_tokens, *debug_state;
     int steps, total_batch_size, batch_size, seq_len, warmup_steps, val_every, val_steps, sample_every, sample_length,
         seed, checkpoint_every, checkpoint_keep, checkpoint_major;
     int shuffle, overfit_batch, resume;
@@ -2101,6 +2101,93 @@ static int load_checkpoint(const Settings *s, Loader *data, Progress *run) {
     return 0;
 }
 
+/* ---- multiple choice: which of several endings does the model find likeliest? ------------------------------------ */
+
+enum {
+    EXAMPLES_MAGIC = 20240522,
+    EXAMPLES_VERSION = 1,
+    EXAMPLE_BEGIN = 65535,  /* stands before each example */
+    MOST_TOKENS = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT,  /* of a context and an ending that evaluate takes */
+};
+
+/* All of a file behind its header, as uint16. An example is EXAMPLE_BEGIN, its length in bytes, its index, the number of the
+ * right ending, the number of endings; then the context and each ending, as a length and so many tokens. */
+static struct {
+    uint16_t *values;
+    int count;  /* examples */
+} examples;
+
+__attribute__((noreturn)) static void die_example(int example, const char *path, const char *what) {
+    die(1, "%s: example %d: %s; export it again with this model's tokenizer", path, example, what);
+}
+
+static void load_examples(const char *path) {
+    int32_t header[HEADER_INTS];
+    int64_t bytes;
+    FILE *file = open_input(path, header, &bytes);
+    if (header[0] != EXAMPLES_MAGIC || header[1] != EXAMPLES_VERSION) {
+        die(1, "%s: not an evaluation file: it begins with %d, version %d, not %d, version %d; name another", path, header[0],
+            header[1], EXAMPLES_MAGIC, EXAMPLES_VERSION);
+    }
+    examples.values = (uint16_t *)allocate((size_t)bytes);
+    examples.count = header[2];
+    read_input(file, examples.values, (size_t)bytes, path);
+    fclose(file);
+    const uint16_t *end = examples.values + bytes / 2, *at = examples.values;
+    for (int i = 0; i < examples.count; i++) {
+        if (end - at < 6 || at[0] != EXAMPLE_BEGIN || at[1] / 2 > end - at) die_example(i, path, "the file is damaged");
+        const uint16_t *next = at + at[1] / 2, endings = at[4];
+        if (at[3] >= endings) die_example(i, path, "none of its endings is the right one");
+        at += 5;
+        for (int part = 0; part <= endings; part++) {
+            const int tokens = at < next ? *at : 0;
+            if (tokens == 0 || tokens >= next - at) die_example(i, path, "it has an empty part, or is damaged");
+            if (part > 0 && tokens >= MOST_TOKENS) die_example(i, path, "an ending is longer than the model's sequences");
+            for (int t = 1; t <= tokens; t++) {
+                if (at[t] >= V) die_example(i, path, "it has a token that is not below vocab_size");
+            }
+            at += 1 + tokens;
+        }
+        if (at != next) die_example(i, path, "the file is damaged");
+    }
+    if (examples.count < 1 || at != end) die(1, "%s: its length is not what its header says; it is damaged", path);
+    say("%s: %d examples\n", path, examples.count);
+}
+
+/* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
+static double ending_loss(const uint16_t *context, const uint16_t *ending) {
+    static int tokens[MOST_TOKENS + 1];
+    const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
+    for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
+    for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
+    const int *inputs = tokens;
+    evaluate(inputs, inputs + 1, 1, n - 1, kept - 1);
+    const float *losses = eval.losses;
+    double sum = 0.0;
+    for (int t = 0; t < ending[0]; t++) sum += (double)losses[t];
+    return sum / ending[0];
+}
+
+/* In how many examples the right ending has the least mean loss; -1 after a signal. */
+static int count_right_answers(void) {
+    const uint16_t *example = examples.values;
+    int right = 0;
+    for (int i = 0; i < examples.count; i++, example += example[1] / 2) {
+        const uint16_t *context = example + 5, *ending = context + 1 + context[0];
+        double least_loss = INFINITY;
+        int answer = 0;
+        for (int e = 0; e < example[4]; e++, ending += 1 + ending[0]) {
+            if (stop_signal) return -1;
+            const double loss = ending_loss(context, ending);
+            if (loss >= least_loss) continue;
+            least_loss = loss;
+            answer = e;
+        }
+        right += answer == example[3];
+    }
+    return right;
+}
+
 /* ---- training ---------------------------------------------------------------------------------------------------- */
 
 static const double FLOPS_PER_TOKEN = 746264064; /* forward and backward; a multiply-add is 2 */
@@ -2173,6 +2260,13 @@ static void validate(const Settings *s, Loader *data, int step) {
     log_metrics("{\"step\": %d, \"val_loss\": %.9g}\n", step, loss);
 }
 
+static void answer_examples(int step) {
+    const int right = count_right_answers();
+    if (right < 0) return;
+    say("accuracy %.4f (%d of %d)\n", (double)right / examples.count, right, examples.count);
+    log_metrics("{\"step\": %d, \"accuracy\": %.9g}\n", step, (double)right / examples.count);
+}
+
 /* The rate of one of so many steps, counted from 1: a linear warmup, then down to final_lr_fraction of --lr. */
 static double scheduled_rate(const Settings *s, int step, int steps) {
     const double top = s->learning_rate, fall = top - top * s->final_lr_fraction;
@@ -2237,6 +2331,7 @@ static void train(const Settings *s, Loader *train_data, Loader *val_data, Progr
     for (const int first = run->step;; train_step(s, train_data, run, steps)) {
         const int step = run->step, is_new = step == 0 || step > first;
         if (is_new && val_data && s->val_steps > 0 && is_due(step, s->val_every, steps)) validate(s, val_data, step);
+        if (is_new && s->eval_data && is_due(step, s->val_every, steps)) answer_examples(step);
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
         if (is_new && sample_due && !stop_signal) print_sample(s, step);
         if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {
@@ -2313,6 +2408,8 @@ static const Flag flags[] = {
     { "--train-data", "-i", "GLOB", TEXT, offsetof(Settings, train_data), 0,
       "token shards to train on, taken in order" },
     { "--val-data", "-j", "GLOB", TEXT, offsetof(Settings, val_data), 0, "token shards to validate on" },
+    { "--eval-data", "", "FILE", TEXT, offsetof(Settings, eval_data), 0,
+      "multiple-choice examples to answer whenever it validates" },
     { "--tokenizer", "", "FILE", TEXT, offsetof(Settings, tokenizer), 0,
       "table of the tokens' texts, to print samples" },
     { "--log-dir", "-o", "DIR", TEXT, offsetof(Settings, log_dir), 0,
@@ -2499,6 +2596,7 @@ int main(int argc, char **argv) {
     /* Whatever can be wrong with files shows before the long work begins. */
     if (s->train_data) train_data = open_data("--train-data", s->train_data);
     if (s->val_data) val_data = open_data("--val-data", s->val_data);
+    if (s->eval_data) load_examples(s->eval_data);
     if (s->tokenizer) load_tokenizer(s->tokenizer);
     if (s->prompt_tokens) load_prompt(s->prompt_tokens);
     if (s->debug_state) prove_writable(s->debug_state);
@@ -2514,7 +2612,7 @@ int main(int argc, char **argv) {
     allocate_model();
     say("memory: %zu bytes\n", model_bytes);
     if (s->resume && load_checkpoint(s, &train_data, &run)) {
-        if (run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
+        if (steps >= 0 && run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
     } else if (s->load) {
         load_weights(s->load);
     } else {

@@ -27,8 +27,8 @@
  *     4,869,586,944  activations that the backward needs
  *     1,698,889,728  arena for all that lives shorter (at least 1,698,889,728 are alive at once)
  *            66,048  tokens, results
- *        67,108,864  scratch of the kernel that runs
- *     8,876,217,856  in all
+ *        29,540,352  scratch of the kernel that runs
+ *     8,838,649,344  in all
  *
  * Contents: sizes, tensors, basics, the GPU, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -312,9 +312,9 @@ static void *allocate_tensors(size_t bytes) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError();
         cudaMemGetInfo(&free_bytes, &total);
-        const size_t fixed = 2307741184, each = 410529792, had = free_bytes + model_bytes;
+        const size_t fixed = 2270172672, each = 410529792, had = free_bytes + model_bytes;
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
-            (size_t)8876217856, had, had > fixed + each ? (had - fixed) / each : 1);
+            (size_t)8838649344, had, had > fixed + each ? (had - fixed) / each : 1);
     }
     cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
@@ -370,8 +370,8 @@ static const float *floats_from_gpu(const bf16 *gpu, size_t count) {
 /* ---- settings: what the flags say -------------------------------------------------------------------------------- */
 
 typedef struct {
-    const char *load, *save, *save_dtype, *train_data, *val_data, *tokenizer, *log_dir, *lr_schedule, *prompt_tokens,
-        *debug_state;
+    const char *load, *save, *save_dtype, *train_data, *val_data, *eval_data, *tokenizer, *log_dir, *lr_schedule,
+        *prompt_tokens, *debug_state;
     int steps, total_batch_size, batch_size, seq_len, warmup_steps, val_every, val_steps, sample_every, sample_length,
         seed, checkpoint_every, checkpoint_keep, checkpoint_major;
     int shuffle, overfit_batch, resume;
@@ -553,6 +553,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+/* Asks for the line of 128 bytes at p; whatever p is, nothing but time is lost. */
+__device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 /* ---- rows, packs and sums: what the kernels that are bound by memory are made of --------------------------------- */
 
@@ -877,14 +880,70 @@ __device__ __forceinline__ void tile_at(int *row, int *column, int index, int ro
     *column = index / high;
 }
 
+/* out (n) = the sum of the parts of it in scratch, (parts, n), in their order; or that is added to out. */
+__global__ void sum_parts_kernel(float *out, const float *part, int parts, size_t n, int accumulate) {
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float sum = part[i];
+    for (int p = 1; p < parts; p++) sum += part[p * n + i];
+    out[i] = accumulate ? out[i] + sum : sum;
+}
+
+static void sum_parts(float *out, int parts, size_t n, int accumulate) {
+    sum_parts_kernel<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(out, scratch, parts, n, accumulate);
+    cudaCheck(cudaGetLastError());
+}
+
+/* part (gridDim.y, columns): sums of the columns of inp (n, columns), each over a share of the rows. A block of 8 warps takes 128
+ * columns, four in a thread; its warps take turns at the rows, and their sums are added in the order of the warps. */
+template <bool ALIGNED, class Inp>
+__global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp *inp, int n, int columns) {
+    __shared__ __align__(16) float sums[8][128];
+    const int warp = (int)threadIdx.x / 32, mine = (int)threadIdx.x % 32 * 4;
+    const int column = (int)blockIdx.x * 128 + mine, count = columns - column;
+    const int first = (int)((long long)n * blockIdx.y / gridDim.y), last = (int)((long long)n * (blockIdx.y + 1) / gridDim.y);
+    float sum[4] = {};
+    if (count > 0) {
+#pragma unroll 8
+        for (int row = first + warp; row < last; row += 8) {
+            float x[4];
+            load_four<ALIGNED>(x, inp + (size_t)row * columns + column, count);
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[i] += x[i];
+        }
+    }
+    store_four<true>(&sums[warp][mine], sum, 4);
+    __syncthreads();
+    const int c = (int)threadIdx.x;
+    if (c >= 128 || (int)blockIdx.x * 128 + c >= columns) return;
+    float total = 0.0f;
+    for (int i = 0; i < 8; i++) total += sums[i][c];
+    part[(size_t)blockIdx.y * columns + blockIdx.x * 128 + c] = total;
+}
+
+enum { SUM_PARTS = 64 }; /* at most: column_sums takes so many rows of scratch */
+
+/* out (columns) = the sums of the columns of inp (n, columns); or they are added to out. inp may be behind that scratch. */
+template <class Inp>
+static void column_sums(float *out, const Inp *inp, int n, int columns, int accumulate) {
+    const int parts = min((n + 63) / 64, (int)SUM_PARTS);
+    const dim3 grid((columns + 127) / 128, parts);
+    if (columns % 4 == 0)
+        column_sums_kernel<true><<<grid, 256, 0, stream>>>(scratch, inp, n, columns);
+    else
+        column_sums_kernel<false><<<grid, 256, 0, stream>>>(scratch, inp, n, columns);
+    cudaCheck(cudaGetLastError());
+    sum_parts(out, parts, (size_t)columns, accumulate);
+}
+
 /* ---- products of bf16 on tensor cores -------------------------------------------------------------------------------
  *
  * A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1 steps are
  * on their way into shared memory (cp.async) while one is multiplied. Each of the WARPS_M x WARPS_N warps makes a rectangle of
  * the tile by mma m16n8k16, with the fragments of the next 16 of k already on their way from shared memory to registers.
  * BLOCKS of them run on a multiprocessor: with two, the epilogue of one is hidden behind the sums of the other. */
-struct Tile128x128 {
-    enum { ROWS = 128, COLUMNS = 128, DEPTH = 32, STAGES = 4, WARPS_M = 2, WARPS_N = 2, THREADS = 128, BLOCKS = 2 };
+struct Tile128x256 {
+    enum { ROWS = 128, COLUMNS = 256, DEPTH = 32, STAGES = 4, WARPS_M = 2, WARPS_N = 4, THREADS = 256, BLOCKS = 1 };
 };
 
 /* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where chunk c of
@@ -961,10 +1020,52 @@ __device__ __forceinline__ int fragment_row(int lane, bool is_b) {
     return place<CHUNKS>(k8 * 8 + thread % 8, lane / 8 + lane8);
 }
 
-/* out (m, n) = a . b, then the epilogue. Grid: (tiles, parts); a part sums its share of k into its own out, m * n further on. */
+/* What a block does at a time: a tile of out from its row and column on, and a part of k, the steps from first to last. */
+struct Work {
+    int row, column, part, first, last;
+};
+
+/* Part by part, in each the tiles as tile_at has them. */
+template <class Tile>
+__device__ __forceinline__ Work work_at(int index, int m, int n, int k, int parts) {
+    const int rows = (m + Tile::ROWS - 1) / Tile::ROWS, columns = (n + Tile::COLUMNS - 1) / Tile::COLUMNS;
+    const unsigned steps = (k + Tile::DEPTH - 1) / Tile::DEPTH;
+    Work work;
+    work.part = index / (rows * columns);
+    tile_at(&work.row, &work.column, index - work.part * rows * columns, rows, columns);
+    work.row *= Tile::ROWS;
+    work.column *= Tile::COLUMNS;
+    work.first = (int)(steps * work.part / parts);
+    work.last = (int)(steps * (work.part + 1) / parts);
+    return work;
+}
+
+/* Asks for the values that the epilogue will add or multiply by: they reach the L2 cache while the sums are made. */
+template <class Tile, class Extra>
+__device__ __forceinline__ void prefetch_extra(const Extra *extra, Work work, int m, int n) {
+    constexpr int LINE = 128 / sizeof(Extra), LINES = Tile::COLUMNS / LINE;
+#pragma unroll
+    for (int i = (int)threadIdx.x; i < Tile::ROWS * LINES; i += Tile::THREADS) {
+        const int row = work.row + i / LINES, column = work.column + i % LINES * LINE;
+        if (row < m && column < n) prefetch_l2(extra + (size_t)row * n + column);
+    }
+}
+
+/* What is summed besides, where sums is not NULL, as rows of partial sums in the order of the tiles; how many rows a tile makes.
+ * WEIGHT_GRADIENT: each row of a, (rows, m); the tiles side by side each add up their share of the steps.
+ * TIMES_GELU_GRADIENT: each column of out, (rows, n). */
+template <class Tile, int LAYOUT>
+struct Sums {
+    enum { ROWS = LAYOUT == WEIGHT_GRADIENT ? Tile::THREADS * 2 / Tile::ROWS : Tile::WARPS_M };
+};
+
+/* out (m, n) = a . b, then the epilogue; `parts` parts of it, each a sum over a share of k, m * n further on than the one before.
+ * As many blocks as fit on the device at once take tile after tile. The operands of the next one are on their way while the
+ * epilogue of the last one runs. */
 template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
-    matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k) {
+    matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts,
+                  float *sums) {
     constexpr int ROWS = Tile::ROWS, COLUMNS = Tile::COLUMNS, DEPTH = Tile::DEPTH, STAGES = Tile::STAGES;
     constexpr bool A_BY_K = LAYOUT != WEIGHT_GRADIENT, B_BY_K = LAYOUT == FORWARD;
     constexpr int A_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = A_BYTES + COLUMNS * DEPTH * 2;
@@ -973,166 +1074,187 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     static_assert(K16 % 2 == 0 && HIGH % 16 == 0 && (WIDE == 32 || WIDE == 64), "");
     extern __shared__ __align__(128) unsigned char shared[];
 
-    const int tile_rows = (m + ROWS - 1) / ROWS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
-    const int steps = (k + DEPTH - 1) / DEPTH;
-    const int first = (int)((long long)steps * blockIdx.y / gridDim.y), last = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
-    int tile_row, tile_column;
-    tile_at(&tile_row, &tile_column, (int)blockIdx.x, tile_rows, tile_columns);
-    const int row0 = tile_row * ROWS, column0 = tile_column * COLUMNS;
+    const int units = ((m + ROWS - 1) / ROWS) * ((n + COLUMNS - 1) / COLUMNS) * parts;
     const int warp = (int)threadIdx.x / 32, thread = (int)threadIdx.x % 32;
     const int warp_row = warp / Tile::WARPS_N * HIGH, warp_column = warp % Tile::WARPS_N * WIDE;
     const int a_at = fragment_row<A_BY_K, ROWS, DEPTH>(warp_row, false);
     const int b_at = fragment_row<B_BY_K, COLUMNS, DEPTH>(warp_column, true);
     const uint32_t stages = shared_address(shared);
 
-    float sum[M16][2 * N16][4] = {};
-    uint32_t a_fragment[2][M16][4], b_fragment[2][N16][4]; /* of these 16 of k, and of the next */
-
-    const int end = min(last * DEPTH, k);
-    const bf16 *a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, row0, m, first * DEPTH, k);
-    const bf16 *b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, column0, n, first * DEPTH, k);
-    auto fetch_step = [&](int step, int stage) { /* beyond the last one: zeros, so that the loop needs no branch */
+    /* What is fetched next: STAGES - 1 steps ahead of what is multiplied. */
+    int ahead = (int)blockIdx.x, end = k; /* end: 0 when nothing is left to be fetched */
+    Work fetched = work_at<Tile>(ahead, m, n, k, parts);
+    const bf16 *a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, fetched.row, m, fetched.first * DEPTH, k);
+    const bf16 *b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, fetched.column, n, fetched.first * DEPTH, k);
+    auto choose_next = [&]() {
+        while (end > 0 && fetched.first >= fetched.last) {
+            ahead += (int)gridDim.x;
+            fetched = work_at<Tile>(ahead, m, n, k, parts);
+            a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, fetched.row, m, fetched.first * DEPTH, k);
+            b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, fetched.column, n, fetched.first * DEPTH, k);
+            if (ahead >= units) end = 0;
+        }
+    };
+    auto fetch_next = [&](int stage) {
         unsigned char *to = shared + stage * STAGE_BYTES;
-        fetch<A_BY_K, ROWS, DEPTH, Tile::THREADS, ALIGNED>(to, a_next, row0, m, step * DEPTH, end, k);
-        fetch<B_BY_K, COLUMNS, DEPTH, Tile::THREADS, ALIGNED>(to + A_BYTES, b_next, column0, n, step * DEPTH, end, k);
+        const int k0 = fetched.first++ * DEPTH;
+        fetch<A_BY_K, ROWS, DEPTH, Tile::THREADS, ALIGNED>(to, a_next, fetched.row, m, k0, end, k);
+        fetch<B_BY_K, COLUMNS, DEPTH, Tile::THREADS, ALIGNED>(to + A_BYTES, b_next, fetched.column, n, k0, end, k);
         cp_async_commit();
     };
 
-    for (int i = 0; i < STAGES - 1; i++) fetch_step(first + i, i);
+    uint32_t a_fragment[2][M16][4], b_fragment[2][N16][4]; /* of these 16 of k, and of the next */
+    for (int i = 0; i < STAGES - 1; i++) {
+        choose_next();
+        fetch_next(i);
+    }
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[0], stages, a_at, 0);
     load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[0], stages + A_BYTES, b_at, 0);
-    int stage = 0, next_fetched = STAGES - 1;
-    for (int step = first; step < last; step++) {
-#pragma unroll
-        for (int k16 = 0; k16 < K16; k16++) {
-            if (k16 == K16 - 1) { /* the last fragments of this stage are in registers: it may be filled again */
-                cp_async_wait<STAGES - 2>();
-                __syncthreads();
-                stage = stage + 1 == STAGES ? 0 : stage + 1;
-            }
-            const uint32_t from = stages + stage * STAGE_BYTES;
-            const int next = (k16 + 1) % 2, at16 = (k16 + 1) % K16;
-            load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[next], from, a_at, at16);
-            load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[next], from + A_BYTES, b_at, at16);
-            if (k16 == 0) {
-                fetch_step(step + STAGES - 1, next_fetched);
-                next_fetched = next_fetched + 1 == STAGES ? 0 : next_fetched + 1;
-            }
-#pragma unroll
-            for (int i = 0; i < M16; i++)
-#pragma unroll
-                for (int j = 0; j < 2 * N16; j++) {
-                    const uint32_t(&b16)[4] = b_fragment[k16 % 2][j / 2];
-                    mma_bf16(sum[i][j], a_fragment[k16 % 2][i], b16[j % 2 * 2], b16[j % 2 * 2 + 1]);
-                }
+    int stage = 0, last_stage = STAGES - 1; /* which is multiplied, and which was before it: free to be filled */
+    for (int index = (int)blockIdx.x; index < units; index += (int)gridDim.x) {
+        const Work work = work_at<Tile>(index, m, n, k, parts);
+        if (then.extra) prefetch_extra<Tile>(then.extra, work, m, n);
+        float sum[M16][2 * N16][4] = {};
+        /* Two neighbouring rows of a are summed by each thread, over the k of its group in the steps of this tile's share. */
+        constexpr int GROUP_K = DEPTH / (Tile::THREADS * 2 / ROWS);
+        const int pair = (int)threadIdx.x % (ROWS / 2), group = (int)threadIdx.x / (ROWS / 2);
+        const int tile_column = work.column / COLUMNS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
+        float of_a[2] = {};
+        int summed = 0, last_summed = 0; /* no step */
+        if (LAYOUT == WEIGHT_GRADIENT && sums) {
+            const unsigned steps = work.last - work.first;
+            summed = work.first + (int)(steps * tile_column / tile_columns);
+            last_summed = work.first + (int)(steps * (tile_column + 1) / tile_columns);
         }
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-
-    /* Sums lie two by two, scattered over the rows. Sixteen rows at a time they go through shared memory (whose rows are shifted
-     * by eight banks each), after which a warp holds whole rows, four columns in a thread. */
-    constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 16 * QUADS / 32;
-    static_assert(16 * PITCH * 4 * (Tile::THREADS / 32) <= STAGES * STAGE_BYTES, "");
-    float *mine = (float *)shared + warp * 16 * PITCH;
-    const int column = column0 + warp_column + thread % QUADS * 4, count = n - column;
-    float bias[4] = {};
-    then.out += (size_t)blockIdx.y * (size_t)m * (size_t)n;
-    if (then.bias && count > 0) load_four<ALIGNED>(bias, then.bias + column, count);
+        for (int step = work.first; step < work.last; step++) {
+            choose_next();
+            if (LAYOUT == WEIGHT_GRADIENT && step >= summed && step < last_summed) {
+                const unsigned char *from = shared + stage * STAGE_BYTES;
 #pragma unroll
-    for (int i = 0; i < M16; i++) {
-        const int row = row0 + warp_row + i * 16 + thread / QUADS;
-        float extra[TURNS][4] = {};
-        if (then.extra && count > 0) {
+                for (int i = 0; i < GROUP_K; i++) {
+                    const uint32_t two = *(const uint32_t *)(from + place<ROWS / 8>(group * GROUP_K + i, pair / 4) + pair % 4 * 4);
+                    of_a[0] += __uint_as_float(two << 16);
+                    of_a[1] += __uint_as_float(two & 0xffff0000u);
+                }
+            }
+#pragma unroll
+            for (int k16 = 0; k16 < K16; k16++) {
+                if (k16 == K16 - 1) { /* the last fragments of this stage are in registers */
+                    cp_async_wait<STAGES - 2>();
+                    __syncthreads();
+                    last_stage = stage;
+                    stage = stage + 1 == STAGES ? 0 : stage + 1;
+                }
+                const uint32_t from = stages + stage * STAGE_BYTES;
+                const int next = (k16 + 1) % 2, at16 = (k16 + 1) % K16;
+                load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[next], from, a_at, at16);
+                load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[next], from + A_BYTES, b_at, at16);
+                if (k16 == 0) fetch_next(last_stage);
+#pragma unroll
+                for (int i = 0; i < M16; i++)
+#pragma unroll
+                    for (int j = 0; j < 2 * N16; j++) {
+                        const uint32_t(&b16)[4] = b_fragment[k16 % 2][j / 2];
+                        mma_bf16(sum[i][j], a_fragment[k16 % 2][i], b16[j % 2 * 2], b16[j % 2 * 2 + 1]);
+                    }
+            }
+        }
+
+        /* Sums lie two by two, scattered over the rows. Eight rows at a time they go through the free stage of shared memory (rows
+         * there are shifted by eight banks each), after which a warp holds whole rows, four columns in a thread. */
+        constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 8 * QUADS / 32;
+        static_assert(8 * PITCH * 4 * (Tile::THREADS / 32) <= STAGE_BYTES, "");
+        float *mine = (float *)(shared + last_stage * STAGE_BYTES) + warp * 8 * PITCH;
+        const int column = work.column + warp_column + thread % QUADS * 4, count = n - column;
+        const size_t part = (size_t)work.part * (size_t)m * (size_t)n;
+        float bias[4] = {}, of_out[4] = {};
+        if (then.bias && count > 0) load_four<ALIGNED>(bias, then.bias + column, count);
+#pragma unroll
+        for (int i = 0; i < 2 * M16; i++) {
+            const int row = work.row + warp_row + i * 8 + thread / QUADS;
+            float extra[TURNS][4] = {};
+            if (then.extra && count > 0) {
+#pragma unroll
+                for (int turn = 0; turn < TURNS; turn++) {
+                    const int r = row + turn * (32 / QUADS);
+                    if (r < m) load_four<ALIGNED>(extra[turn], then.extra + (size_t)r * n + column, count);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2 * N16; j++)
+                *(float2 *)(mine + thread / 4 * PITCH + j * 8 + thread % 4 * 2) =
+                    make_float2(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
+            __syncwarp();
 #pragma unroll
             for (int turn = 0; turn < TURNS; turn++) {
                 const int r = row + turn * (32 / QUADS);
-                if (r < m) load_four<ALIGNED>(extra[turn], then.extra + (size_t)r * n + column, count);
+                float four[4];
+                load_four<true>(four, mine + (turn * (32 / QUADS) + thread / QUADS) * PITCH + thread % QUADS * 4, 4);
+                if (r < m && count > 0) {
+                    finish<THEN, ALIGNED>(then, part + (size_t)r * n + column, count, four, bias, extra[turn]);
+#pragma unroll
+                    for (int c = 0; c < 4 && THEN == TIMES_GELU_GRADIENT; c++) of_out[c] += four[c];
+                }
             }
+            __syncwarp();
         }
-#pragma unroll
-        for (int j = 0; j < 2 * N16; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *(float2 *)(mine + (half * 8 + thread / 4) * PITCH + j * 8 + thread % 4 * 2) =
-                    make_float2(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
-        __syncwarp();
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int r = row + turn * (32 / QUADS);
-            float four[4];
-            load_four<true>(four, mine + (turn * (32 / QUADS) + thread / QUADS) * PITCH + thread % QUADS * 4, 4);
-            if (r < m && count > 0) finish<THEN, ALIGNED>(then, (size_t)r * n + column, count, four, bias, extra[turn]);
+        if (LAYOUT == WEIGHT_GRADIENT && sums) {
+            const int row = work.row + pair * 2;
+            float *to = sums + ((size_t)(work.part * tile_columns + tile_column) * Sums<Tile, LAYOUT>::ROWS + group) * m + row;
+            if (row < m) to[0] = of_a[0];
+            if (row + 1 < m) to[1] = of_a[1];
         }
-        __syncwarp();
+        if (THEN == TIMES_GELU_GRADIENT && sums) {
+#pragma unroll
+            for (int lane = 16; lane >= QUADS; lane /= 2)
+#pragma unroll
+                for (int c = 0; c < 4; c++) of_out[c] += __shfl_xor_sync(0xffffffff, of_out[c], lane);
+            const size_t to = (size_t)(work.row / ROWS * Tile::WARPS_M + warp / Tile::WARPS_N) * n + column;
+            if (thread < QUADS && count > 0) store_four<ALIGNED>(sums + to, of_out, count);
+        }
+        __syncthreads(); /* the stage may be filled again */
     }
+    cp_async_wait<0>();
 }
 
 /* ALIGNED: the rows of every matrix are multiples of 16 bytes. */
 template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra>
-static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts) {
+static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts = 1,
+                   float *sums = NULL) {
     constexpr int SHARED = Tile::STAGES * (Tile::ROWS + Tile::COLUMNS) * Tile::DEPTH * 2;
-    const int tiles = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS);
+    const int units = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS) * parts;
+    const int blocks = min(units, multiprocessors() * Tile::BLOCKS);
     cudaCheck(cudaFuncSetAttribute(matmul_kernel<Tile, LAYOUT, THEN, ALIGNED, Out, Extra>,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<dim3(tiles, parts), Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k);
+    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<blocks, Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, parts, sums);
     cudaCheck(cudaGetLastError());
 }
 
-/* out (n) = the sum of the parts of it in scratch, (parts, n), in their order; or that is added to out. */
-__global__ void sum_parts_kernel(float *out, const float *part, int parts, size_t n, int accumulate) {
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float sum = part[i];
-    for (int p = 1; p < parts; p++) sum += part[p * n + i];
-    out[i] = accumulate ? out[i] + sum : sum;
+/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows, if not NULL. */
+template <class Tile, bool ALIGNED>
+static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *pre, int n, int c,
+                                int oc, int accumulate) {
+    const Epilogue<bf16, bf16> then = {dinp, NULL, NULL, pre};
+    float *sums = dsum ? scratch + SUM_PARTS * (size_t)c : NULL;
+    matmul<Tile, INPUT_GRADIENT, TIMES_GELU_GRADIENT, ALIGNED>(then, dout, weight, n, c, oc, 1, sums);
+    const int rows = (n + Tile::ROWS - 1) / Tile::ROWS * Sums<Tile, INPUT_GRADIENT>::ROWS;
+    if (dsum) column_sums(dsum, sums, rows, c, accumulate);
 }
 
-static void sum_parts(float *out, int parts, size_t n, int accumulate) {
-    sum_parts_kernel<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(out, scratch, parts, n, accumulate);
-    cudaCheck(cudaGetLastError());
-}
-
-/* part (gridDim.y, columns): sums of the columns of inp (n, columns), each over a share of the rows. A block of 8 warps takes 128
- * columns, four in a thread; its warps take turns at the rows, and their sums are added in the order of the warps. */
-template <bool ALIGNED, class Inp>
-__global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp *inp, int n, int columns) {
-    __shared__ __align__(16) float sums[8][128];
-    const int warp = (int)threadIdx.x / 32, mine = (int)threadIdx.x % 32 * 4;
-    const int column = (int)blockIdx.x * 128 + mine, count = columns - column;
-    const int first = (int)((long long)n * blockIdx.y / gridDim.y), last = (int)((long long)n * (blockIdx.y + 1) / gridDim.y);
-    float sum[4] = {};
-    if (count > 0) {
-#pragma unroll 8
-        for (int row = first + warp; row < last; row += 8) {
-            float x[4];
-            load_four<ALIGNED>(x, inp + (size_t)row * columns + column, count);
-#pragma unroll
-            for (int i = 0; i < 4; i++) sum[i] += x[i];
-        }
-    }
-    store_four<true>(&sums[warp][mine], sum, 4);
-    __syncthreads();
-    const int c = (int)threadIdx.x;
-    if (c >= 128 || (int)blockIdx.x * 128 + c >= columns) return;
-    float total = 0.0f;
-    for (int i = 0; i < 8; i++) total += sums[i][c];
-    part[(size_t)blockIdx.y * columns + blockIdx.x * 128 + c] = total;
-}
-
-/* out (columns) = the sums of the columns of inp (n, columns); or they are added to out. Scratch: 64 * columns floats at most. */
-template <class Inp>
-static void column_sums(float *out, const Inp *inp, int n, int columns, int accumulate) {
-    const int parts = min((n + 63) / 64, 64);
-    const dim3 grid((columns + 127) / 128, parts);
-    if (columns % 4 == 0)
-        column_sums_kernel<true><<<grid, 256, 0, stream>>>(scratch, inp, n, columns);
-    else
-        column_sums_kernel<false><<<grid, 256, 0, stream>>>(scratch, inp, n, columns);
-    cudaCheck(cudaGetLastError());
-    sum_parts(out, parts, (size_t)columns, accumulate);
+/* dweight (oc, c) (+)= dout (n, oc)^T . inp (n, c), and dbias (oc) (+)= the sum of dout over the rows, if not NULL. The rows are cut
+ * in `parts`, each of which sums by itself in scratch; then these sums are added in their order. */
+template <class Tile, bool ALIGNED>
+static void weight_gradient(float *dweight, float *dbias, const bf16 *dout, const bf16 *inp, int n, int c, int oc,
+                            int accumulate, int parts) {
+    const size_t weights = parts > 1 ? (size_t)parts * (size_t)oc * (size_t)c : 0;
+    const Epilogue<float, float> then = {parts > 1 ? scratch : dweight, NULL, NULL, parts == 1 && accumulate ? dweight : NULL};
+    float *sums = dbias ? scratch + weights + SUM_PARTS * (size_t)oc : NULL;
+    matmul<Tile, WEIGHT_GRADIENT, ADD, ALIGNED>(then, dout, inp, oc, c, n, parts, sums);
+    if (parts > 1) sum_parts(dweight, parts, (size_t)oc * (size_t)c, accumulate);
+    const int rows = parts * ((c + Tile::COLUMNS - 1) / Tile::COLUMNS) * Sums<Tile, WEIGHT_GRADIENT>::ROWS;
+    if (dbias) column_sums(dbias, sums, rows, oc, accumulate);
 }
 
 /* ---- token embedding: out[i] = wte[tokens[i]] -------------------------------------------------------------------- */
@@ -1499,7 +1621,7 @@ static void linear_forward(Out *out,                                            
                            const floatX *bias, const Addend *addend, /* (oc) or NULL, (n, oc) or NULL; may be out */
                            int n, int c, int oc) {
     const Epilogue<Out, Addend> epilogue = {out, NULL, bias, addend};
-    matmul<Tile128x128, FORWARD, ADD, true>(epilogue, inp, weight, n, oc, c, 1);
+    matmul<Tile128x256, FORWARD, ADD, true>(epilogue, inp, weight, n, oc, c);
 }
 
 /* pre = inp . weight^T + bias, and out = gelu(pre) while pre is still at hand. */
@@ -1508,7 +1630,7 @@ static void linear_gelu_forward(floatX *out, floatX *pre,                /* (n, 
                                 const floatX *bias,                      /* (oc) or NULL */
                                 int n, int c, int oc) {
     const Epilogue<floatX, floatX> epilogue = {out, pre, bias, NULL};
-    matmul<Tile128x128, FORWARD, GELU, true>(epilogue, inp, weight, n, oc, c, 1);
+    matmul<Tile128x256, FORWARD, GELU, true>(epilogue, inp, weight, n, oc, c);
 }
 
 /* dinp = dout . weight */
@@ -1517,7 +1639,7 @@ static void linear_backward_input(Out *dinp,                                /* (
                                   const floatX *dout, const floatX *weight, /* (n, oc), (oc, c) */
                                   int n, int c, int oc) {
     const Epilogue<Out, Out> epilogue = {dinp, NULL, NULL, NULL};
-    matmul<Tile128x128, INPUT_GRADIENT, ADD, true>(epilogue, dout, weight, n, c, oc, 1);
+    matmul<Tile128x256, INPUT_GRADIENT, ADD, true>(epilogue, dout, weight, n, c, oc);
 }
 
 /* dinp = dout . weight * gelu'(pre), while it is still at hand; dsum += the sum of dinp over the rows. */
@@ -1525,39 +1647,34 @@ static void linear_backward_input_gelu(floatX *dinp,                            
                                        const floatX *dout, const floatX *weight, /* (n, oc), (oc, c) */
                                        const floatX *pre,                        /* (n, c) */
                                        int n, int c, int oc, float *dsum = NULL, int accumulate = 0) { /* dsum (c) */
-    const Epilogue<floatX, floatX> epilogue = {dinp, NULL, NULL, pre};
-    matmul<Tile128x128, INPUT_GRADIENT, TIMES_GELU_GRADIENT, true>(epilogue, dout, weight, n, c, oc, 1);
-    if (dsum) column_sums(dsum, dinp, n, c, accumulate);
+    gelu_input_gradient<Tile128x256, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
 }
 
-/* dweight += dout^T . inp; dbias += the sum of dout over the rows. out is small and n long: where its tiles are fewer than the
- * device can take, the rows are cut in parts, which are summed in their order. */
+/* dweight += dout^T . inp; dbias += the sum of dout over the rows. The last argument: in how many parts the rows are summed, where
+ * the tiles of dweight alone would leave multiprocessors idle. */
 static void linear_backward_weight(float *dweight, float *dbias,         /* (oc, c), (oc) or NULL */
                                    const floatX *dout, const floatX *inp, /* (n, oc), (n, c) */
                                    int n, int c, int oc, int accumulate) {
-    int parts = 1;
-    if (c == 3072 && oc == 768) parts = 3;
-    if (c == 768 && oc == 3072) parts = 3;
-    if (c == 768 && oc == 768) parts = 6;
-    if (c == 768 && oc == 2304) parts = 2;
-    const Epilogue<float, float> epilogue = {parts > 1 ? scratch : dweight, NULL, NULL,
-                                             parts == 1 && accumulate ? dweight : NULL};
-    matmul<Tile128x128, WEIGHT_GRADIENT, ADD, true>(epilogue, dout, inp, oc, c, n, parts);
-
-    if (parts > 1) sum_parts(dweight, parts, (size_t)oc * (size_t)c, accumulate);
-    if (dbias) column_sums(dbias, dout, n, oc, accumulate);
+    if (c == 768 && oc == 50304)
+        weight_gradient<Tile128x256, true>(dweight, dbias, dout, inp, n, c, oc, accumulate, 1);
+    else if (c == 768 && oc == 768)
+        weight_gradient<Tile128x256, true>(dweight, dbias, dout, inp, n, c, oc, accumulate, 6);
+    else if (c == 768 && oc == 2304)
+        weight_gradient<Tile128x256, true>(dweight, dbias, dout, inp, n, c, oc, accumulate, 2);
+    else
+        weight_gradient<Tile128x256, true>(dweight, dbias, dout, inp, n, c, oc, accumulate, 3);
 }
 
 /* ---- causal self-attention: out = softmax(q . k^T / sqrt(HS)) . v, each query seeing the keys up to its own ---------
  *
- * No T x T matrix ever exists: a block of queries meets one block of keys at a time (Dao 2023, arXiv:2307.08691). The softmax
- * runs along these blocks: the largest score and the sum are kept for each query, and what has been accumulated is rescaled
- * when the largest moves. The forward leaves lse = max + log(sum), from which the backward computes any block of
- * probabilities again. Heads lie side by side: a row of qkv holds all of q, then k, then v.
+ * No T x T matrix ever exists: a block of queries meets one block of keys at a time (Dao 2023, arXiv:2307.08691). The
+ * softmax runs along these blocks: the largest score and the sum are kept for each query, and what has been accumulated
+ * is rescaled when the largest has grown by much. The forward leaves lse = max + log(sum), from which the backward
+ * computes any block of probabilities again. Heads lie side by side: a row of qkv holds all of q, then k, then v.
  *
- * The backward takes two kernels. In the first a thread block owns queries and passes over keys, for dq; in the second it
- * owns keys and passes over queries, for dk and dv. The scores are computed twice that way, 7 products instead of 5, but
- * all sums stay in registers: no float atomics, no dq in memory, the same bits each time.
+ * The backward takes two kernels. In the first a thread block owns queries and passes over keys, for dq; in the second
+ * it owns keys and passes over queries, for dk and dv. The scores are computed twice that way, 7 products instead of 5,
+ * but all sums stay in registers: no float atomics, no dq in memory, the same bits each time.
  *
  * A warp owns M x 16 rows, on which it is alone: its scores s (M*16, N) come out of one product and go into the next
  * without leaving its registers. The tiles of the rows which pass by are double-buffered in shared memory:
@@ -1567,20 +1684,21 @@ static void linear_backward_weight(float *dweight, float *dbias,         /* (oc,
 
 enum {
     ATTENTION_WARPS = 4,
-    HEAD_SPLIT = HS <= 128 ? 1 : 2,                          /* warps that share the columns of dk and dv */
-    HEAD = (HS + 16 * HEAD_SPLIT - 1) / (16 * HEAD_SPLIT) * (16 * HEAD_SPLIT), /* columns of a tile; those from HS on are 0 */
-    HEAD_PIECE = 8,                                          /* values in 16 bytes */
-    HEAD_PITCH = HEAD + HEAD_PIECE,                          /* an odd number of pieces: 8 rows meet in no bank */
-    FORWARD_M = HS <= 128 ? 2 : 1, FORWARD_QUERIES = ATTENTION_WARPS * FORWARD_M * 16,
-    FORWARD_KEYS = HS <= 64 ? 64 : 32,
-    DQ_M = HS <= 64 ? 2 : 1, DQ_QUERIES = ATTENTION_WARPS * DQ_M * 16,
-    DQ_KEYS = HS <= 64 ? 64 : HS <= 128 ? 32 : 16,
-    DKV_M = HS <= 64 ? 2 : 1, DKV_KEYS = ATTENTION_WARPS / HEAD_SPLIT * DKV_M * 16,
-    DKV_QUERIES = HS <= 64 ? 64 : HS <= 128 ? 32 : 16,
-    DQ_N = DQ_KEYS < 32 ? DQ_KEYS : 32,                      /* columns of the scores in hand */
-    DKV_N = DKV_QUERIES < 32 ? DKV_QUERIES : 32,
-    SOFTMAX_SLACK = 8,                                       /* the largest score of a row may be 2^SOFTMAX_SLACK off */
-    ATTENTION_L2 = 16 << 20,                                 /* bytes of keys and values to work on at a time */
+    HEAD_PIECE = 8, /* values in 16 bytes */
+    HEAD_SPLIT = HS <= 128 ? 1 : 2, /* warps that share the columns of dk and dv */
+    HEAD = (HS + 16 * HEAD_SPLIT - 1) / (16 * HEAD_SPLIT) * (16 * HEAD_SPLIT), /* columns of a tile: HS, then 0s */
+    HEAD_PITCH = HEAD + HEAD_PIECE, /* an odd number of pieces: no two of 8 rows begin in the same bank */
+
+    /* Of each kernel: how often 16 rows a warp has, rows of a tile passing by, thread blocks of a multiprocessor. */
+    FORWARD_M = HS <= 128 ? 2 : 1, FORWARD_KEYS = 32, FORWARD_BLOCKS = HS <= 64 ? 3 : 2,
+    DQ_M = HS <= 64 ? 2 : 1, DQ_KEYS = HS <= 128 ? 32 : 16, DQ_BLOCKS = HS <= 128 ? 3 : 2,
+    DKV_M = HS <= 64 ? 2 : 1, DKV_QUERIES = HS <= 64 ? 64 : HS <= 128 ? 32 : 16, DKV_BLOCKS = 2,
+    FORWARD_QUERIES = ATTENTION_WARPS * FORWARD_M * 16, DQ_QUERIES = ATTENTION_WARPS * DQ_M * 16,
+    DKV_KEYS = ATTENTION_WARPS / HEAD_SPLIT * DKV_M * 16,
+    DKV_N = DKV_QUERIES < 32 ? DKV_QUERIES : 32, /* of a tile's queries at a time */
+
+    SOFTMAX_SLACK = 8,       /* what is subtracted from a score may be this far from the largest, in powers of 2 */
+    ATTENTION_L2 = 16 << 20, /* bytes of keys and values that are worked on at a time */
 };
 
 static const float LOG2E = 1.44269504089f, LN2 = 0.69314718056f;
@@ -1595,11 +1713,10 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-__device__ __forceinline__ bool sees(int query, int key) {
-    return key <= query;
-}
+__device__ __forceinline__ bool sees(int query, int key) { return key <= query; }
 
-/* Which block of which head. Heads that fit the L2 cache go together, and of those the blocks of most work first: block 0. */
+/* Which block of which head. `together` heads, which fit the L2 cache, go first, and of those the blocks of most work,
+ * the blocks 0. */
 __device__ __forceinline__ void block_and_head(int *block, int *head, int blocks, int heads, int together) {
     const int first = (int)blockIdx.x / (blocks * together) * together;
     const int at = (int)blockIdx.x - first * blocks, here = min(together, heads - first);
@@ -1610,14 +1727,16 @@ __device__ __forceinline__ void block_and_head(int *block, int *head, int blocks
 /* tile (ROWS, HEAD) = rows of a head: `rows` there are, HS values each; the others are 0. */
 template <int ROWS>
 __device__ __forceinline__ void fetch_tile(floatX *tile, const floatX *from, size_t stride, int rows) {
-    constexpr unsigned PIECES = HS % HEAD_PIECE == 0 ? HEAD / HEAD_PIECE : HEAD; /* of a row: 16 bytes or, unaligned, 1 value */
+    /* A row is fetched in pieces of 16 bytes or, where these are not aligned, value by value. */
+    constexpr unsigned PIECES = HS % HEAD_PIECE == 0 ? HEAD / HEAD_PIECE : HEAD;
 #pragma unroll
     for (unsigned start = 0; start < ROWS * PIECES; start += ATTENTION_WARPS * 32) {
         const unsigned i = start + threadIdx.x, row = i / PIECES, column = i % PIECES * (HEAD / PIECES);
         if (ROWS * PIECES % (ATTENTION_WARPS * 32) != 0 && row >= ROWS) break;
         const bool there = (int)row < rows && column < HS;
         if (PIECES < HEAD)
-            cp_async(shared_address(tile + row * HEAD_PITCH + column), there ? from + row * stride + column : from, there ? 16 : 0);
+            cp_async(shared_address(tile + row * HEAD_PITCH + column), there ? from + row * stride + column : from,
+                     there ? 16 : 0);
         else
             tile[row * HEAD_PITCH + column] = there ? from[row * stride + column] : (floatX)0.0f;
     }
@@ -1689,10 +1808,11 @@ __device__ __forceinline__ uint32_t pack_pair(const float *x) {
     return *(const uint32_t *)&pair;
 }
 
-/* sums (M*16, COLUMNS) += s (M*16, N) . b (N, COLUMNS), the last a tile. What a lane holds of s after one product is just
- * what it has to hold for the next. */
+/* sums (M*16, COLUMNS) += s (M*16, N) . b (N, COLUMNS), the last a tile. What a lane holds of s after one product is
+ * just what it has to hold for the next. */
 template <int M, int N, int COLUMNS>
-__device__ __forceinline__ void scores_by_rows(float (&sums)[M][COLUMNS / 8][4], const float (&s)[M][N / 8][4], const bf16 *b) {
+__device__ __forceinline__ void scores_by_rows(float (&sums)[M][COLUMNS / 8][4], const float (&s)[M][N / 8][4],
+                                               const bf16 *b) {
     const int lane = threadIdx.x % 32;
     const uint32_t from_b = shared_address(b + lane % 16 * HEAD_PITCH + lane / 16 * 8);
 #pragma unroll
@@ -1717,13 +1837,14 @@ __device__ __forceinline__ void scores_by_rows(float (&sums)[M][COLUMNS / 8][4],
 
 static int heads_together(int t) { return max(1, (int)(ATTENTION_L2 / (2 * (size_t)t * HS * sizeof(floatX)))); }
 
-/* out (b, t, C), lse (b, NH, t) from qkv (b, t, 3*C). A thread block owns FORWARD_QUERIES queries of
- * a head, tiles of FORWARD_KEYS keys and values pass by. */
-__global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+/* out (b, t, C), lse (b, NH, t) from qkv (b, t, 3*C). A thread block owns
+ * FORWARD_QUERIES queries of a head, tiles of FORWARD_KEYS keys and values pass by. */
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, FORWARD_BLOCKS)
 attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int heads, int together) {
     extern __shared__ __align__(16) floatX attention_tiles[];
     constexpr int M = FORWARD_M, N = FORWARD_KEYS;
-    floatX *queries = attention_tiles, *keys = queries + FORWARD_QUERIES * HEAD_PITCH, *values = keys + 2 * N * HEAD_PITCH;
+    floatX *queries = attention_tiles, *keys = queries + FORWARD_QUERIES * HEAD_PITCH;
+    floatX *values = keys + 2 * N * HEAD_PITCH;
     const int blocks = (t + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
     int block, head;
     block_and_head(&block, &head, blocks, heads, together);
@@ -1735,7 +1856,6 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
     const float scale = 1.0f / sqrtf(HS), unit = scale * LOG2E; /* exponents are of 2 */
 
     const float slack = SOFTMAX_SLACK / unit;
-
     const int end = min(t, q0 + FORWARD_QUERIES);
     const int begin = 0;
     fetch_tile<FORWARD_QUERIES>(queries, q + q0 * stride, stride, t - q0);
@@ -1785,7 +1905,8 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int e = 0; e < 4; e += 2) {
-                    const float shrink = most[m][e / 2] > -INFINITY ? exp2_approx((top[m][e / 2] - most[m][e / 2]) * unit) : 1.0f;
+                    const float fall = top[m][e / 2] - most[m][e / 2];
+                    const float shrink = most[m][e / 2] > -INFINITY ? exp2_approx(fall * unit) : 1.0f;
                     top[m][e / 2] = most[m][e / 2];
                     sum[m][e / 2] *= shrink;
 #pragma unroll
@@ -1799,7 +1920,8 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int e = 0; e < 4; e += 2) {
-                const float shift = top[m][e / 2] > -INFINITY ? top[m][e / 2] * unit : 0.0f; /* a row may have seen nothing yet */
+                /* A row may have seen nothing yet. */
+                const float shift = top[m][e / 2] > -INFINITY ? top[m][e / 2] * unit : 0.0f;
 #pragma unroll
                 for (int n = 0; n < N / 8; n++) {
                     s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
@@ -1824,33 +1946,34 @@ attention_forward_kernel(floatX *out, float *lse, const floatX *qkv, int t, int 
                 o[m][n][e + 1] *= share;
             }
         }
+    __syncthreads(); /* the tile of the queries becomes that of out */
     put_sums<M, HEAD>(queries + row * HEAD_PITCH, o, 1.0f);
     __syncthreads();
     save_tile<FORWARD_QUERIES>(out + (start + q0) * narrow + head % NH * HS, narrow, queries, t - q0);
 }
 
-static void attention_forward(floatX *out, float *lse,   /* (b, t, C), (b, NH, t) */
-                              const floatX *qkv,         /* (b, t, 3*C) */
+static void attention_forward(floatX *out, float *lse, /* (b, t, C), (b, NH, t) */
+                              const floatX *qkv,       /* (b, t, 3*C) */
                               int b, int t) {
-    const int blocks = (t + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
-    const size_t shared = (FORWARD_QUERIES + 4 * FORWARD_KEYS) * HEAD_PITCH * sizeof(floatX);
-    cudaCheck(cudaFuncSetAttribute(attention_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    attention_forward_kernel<<<b * NH * blocks, ATTENTION_WARPS * 32, shared, stream>>>(out, lse, qkv, t, b * NH,
-                                                                                       heads_together(t));
+    const int blocks = b * NH * ((t + FORWARD_QUERIES - 1) / FORWARD_QUERIES), together = heads_together(t);
+    const int shared = (FORWARD_QUERIES + 4 * FORWARD_KEYS) * HEAD_PITCH * (int)sizeof(floatX);
+    cudaCheck(cudaFuncSetAttribute(attention_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    attention_forward_kernel<<<blocks, ATTENTION_WARPS * 32, shared, stream>>>(out, lse, qkv, t, b * NH,
+                                                                              together);
     cudaCheck(cudaGetLastError());
 }
 
 /* With p = exp(q . k^T * scale - lse) and delta = the sum of dout * out over a row:
  *   dv = p^T . dout,  ds = p * (dout . v^T - delta),  dq = ds . k * scale,  dk = ds^T . q * scale */
 
-/* dq of DQ_QUERIES queries of a head, tiles of DQ_KEYS keys and values passing by; and, on the way, delta (b, NH, t). */
-__global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+/* dq of DQ_QUERIES queries of a head, tiles of DQ_KEYS keys and values passing by; on the way, delta (b, NH, t). */
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, DQ_BLOCKS)
 attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, const floatX *out, const float *lse,
                             const floatX *qkv, int t, int heads, int together) {
     extern __shared__ __align__(16) floatX attention_tiles[];
-    constexpr int M = DQ_M, N = DQ_N;
+    constexpr int M = DQ_M, N = DQ_KEYS;
     floatX *queries = attention_tiles, *douts = queries + DQ_QUERIES * HEAD_PITCH;
-    floatX *keys = douts + DQ_QUERIES * HEAD_PITCH, *values = keys + 2 * DQ_KEYS * HEAD_PITCH;
+    floatX *keys = douts + DQ_QUERIES * HEAD_PITCH, *values = keys + 2 * N * HEAD_PITCH;
     const int blocks = (t + DQ_QUERIES - 1) / DQ_QUERIES;
     int block, head;
     block_and_head(&block, &head, blocks, heads, together);
@@ -1862,6 +1985,7 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
     const float scale = 1.0f / sqrtf(HS), unit = scale * LOG2E; /* exponents are of 2 */
 
     floatX *outs = keys; /* before there are keys */
+    static_assert(DQ_QUERIES <= 4 * DQ_KEYS, "no room for out");
     fetch_tile<DQ_QUERIES>(queries, qkv + at, stride, t - q0);
     fetch_tile<DQ_QUERIES>(douts, dout + narrow_at, narrow, t - q0);
     fetch_tile<DQ_QUERIES>(outs, out + narrow_at, narrow, t - q0);
@@ -1889,44 +2013,43 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
 
     const int end = min(t, q0 + DQ_QUERIES);
     const int begin = 0;
-    fetch_tile<DQ_KEYS>(keys, k + begin * stride, stride, t - begin);
-    fetch_tile<DQ_KEYS>(values, v + begin * stride, stride, t - begin);
+    fetch_tile<N>(keys, k + begin * stride, stride, t - begin);
+    fetch_tile<N>(values, v + begin * stride, stride, t - begin);
     cp_async_commit();
     float dq[M][HEAD / 8][4] = {};
-    for (int tile = begin, stage = 0; tile < end; tile += DQ_KEYS, stage ^= 1) {
+    for (int k0 = begin, stage = 0; k0 < end; k0 += N, stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads();
-        if (tile + DQ_KEYS < end) {
-            const int next = tile + DQ_KEYS, to = (stage ^ 1) * DQ_KEYS * HEAD_PITCH;
-            fetch_tile<DQ_KEYS>(keys + to, k + next * stride, stride, t - next);
-            fetch_tile<DQ_KEYS>(values + to, v + next * stride, stride, t - next);
+        if (k0 + N < end) {
+            const int next = k0 + N, to = (stage ^ 1) * N * HEAD_PITCH;
+            fetch_tile<N>(keys + to, k + next * stride, stride, t - next);
+            fetch_tile<N>(values + to, v + next * stride, stride, t - next);
             cp_async_commit();
         }
-        for (int part = 0; part < DQ_KEYS; part += N) {
-            const int k0 = tile + part, in_tile = (stage * DQ_KEYS + part) * HEAD_PITCH;
-            if (first >= t || k0 > last) continue;
-            float s[M][N / 8][4], ds[M][N / 8][4];
-            rows_by_rows<M, N>(s, queries + row * HEAD_PITCH, keys + in_tile);
-            rows_by_rows<M, N>(ds, douts + row * HEAD_PITCH, values + in_tile);
-            if (!sees(first, k0 + N - 1)) {
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            if (!sees(first + row_of(m, e), k0 + column_of(n, e))) s[m][n][e] = -INFINITY;
-            }
+        const int in_tile = stage * N * HEAD_PITCH;
+        if (first >= t || k0 > last) continue;
+        float s[M][N / 8][4], ds[M][N / 8][4];
+        rows_by_rows<M, N>(s, queries + row * HEAD_PITCH, keys + in_tile);
+        rows_by_rows<M, N>(ds, douts + row * HEAD_PITCH, values + in_tile);
+        if (!sees(first, k0 + N - 1)) {
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        ds[m][n][e] = exp2_approx(s[m][n][e] * unit - shift[m][e / 2]) * (ds[m][n][e] - mean[m][e / 2]);
-            scores_by_rows<M, N, HEAD>(dq, ds, keys + in_tile);
+                        if (!sees(first + row_of(m, e), k0 + column_of(n, e))) s[m][n][e] = -INFINITY;
         }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    ds[m][n][e] = exp2_approx(s[m][n][e] * unit - shift[m][e / 2]) * (ds[m][n][e] - mean[m][e / 2]);
+        scores_by_rows<M, N, HEAD>(dq, ds, keys + in_tile);
     }
+    __syncthreads();
     put_sums<M, HEAD>(queries + row * HEAD_PITCH, dq, scale);
     __syncthreads();
     save_tile<DQ_QUERIES>(dqkv + at, stride, queries, t - q0);
@@ -1934,7 +2057,7 @@ attention_backward_q_kernel(floatX *dqkv, float *delta, const floatX *dout, cons
 
 /* dk and dv of DKV_KEYS keys of a head, tiles of DKV_QUERIES queries and their dout passing by.
  * Rows are keys and columns queries here: s = k . q^T. */
-__global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+__global__ void __launch_bounds__(ATTENTION_WARPS * 32, DKV_BLOCKS)
 attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse, const float *delta, const floatX *qkv,
                              int t, int heads, int together) {
     extern __shared__ __align__(16) floatX attention_tiles[];
@@ -1961,8 +2084,9 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
         const int to = stage * DKV_QUERIES * HEAD_PITCH, query = q0 + (int)threadIdx.x;
         fetch_tile<DKV_QUERIES>(queries + to, qkv + (start + q0) * stride + q_head * HS, stride, t - q0);
         fetch_tile<DKV_QUERIES>(douts + to, dout + (start + q0) * narrow + q_head * HS, narrow, t - q0);
-        next_shift = threadIdx.x < DKV_QUERIES && query < t ? lse[line + query] * LOG2E : INFINITY; /* p = 0 beyond the end */
-        next_mean = threadIdx.x < DKV_QUERIES && query < t ? delta[line + query] : 0.0f;
+        const bool there = threadIdx.x < DKV_QUERIES && query < t;
+        next_shift = there ? lse[line + query] * LOG2E : INFINITY; /* p = 0 beyond the end */
+        next_mean = there ? delta[line + query] : 0.0f;
     };
     fetch_tile<DKV_KEYS>(keys, qkv + at, stride, t - start_key);
     fetch_tile<DKV_KEYS>(values, qkv + at + NH * HS, stride, t - start_key);
@@ -1982,11 +2106,11 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
             cp_async_commit();
         }
         for (int part = 0; part < DKV_QUERIES; part += N) {
-            const int q0 = begin + step * DKV_QUERIES + part, in_tile = (stage * DKV_QUERIES + part) * HEAD_PITCH;
+            const int q0 = begin + step * DKV_QUERIES + part;
+            const int in_tile = (stage * DKV_QUERIES + part) * HEAD_PITCH;
             if (first >= t || q0 >= t || q0 + N - 1 < first) continue;
             float s[M][N / 8][4], ds[M][N / 8][4];
             rows_by_rows<M, N>(s, keys + row * HEAD_PITCH, queries + in_tile);
-            rows_by_rows<M, N>(ds, values + row * HEAD_PITCH, douts + in_tile);
             if (!sees(q0, last)) {
 #pragma unroll
                 for (int m = 0; m < M; m++)
@@ -2000,16 +2124,24 @@ attention_backward_kv_kernel(floatX *dqkv, const floatX *dout, const float *lse,
             for (int n = 0; n < N / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float shift = shifts[stage][part + column_of(n, i)], mean = means[stage][part + column_of(n, i)];
+                    const float shift = shifts[stage][part + column_of(n, i)];
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
-                        for (int e = i; e < 4; e += 2) {
-                            s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
-                            ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - mean);
-                        }
+                        for (int e = i; e < 4; e += 2) s[m][n][e] = exp2_approx(s[m][n][e] * unit - shift);
                 }
             scores_by_rows<M, N, COLUMNS>(dv, s, douts + in_tile + column);
+            rows_by_rows<M, N>(ds, values + row * HEAD_PITCH, douts + in_tile);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float mean = means[stage][part + column_of(n, i)];
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int e = i; e < 4; e += 2) ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - mean);
+                }
             scores_by_rows<M, N, COLUMNS>(dk, ds, queries + in_tile + column);
         }
     }
@@ -2026,16 +2158,20 @@ static void attention_backward(floatX *dqkv,                          /* (b, t, 
                                const float *lse, const floatX *qkv,   /* (b, NH, t), (b, t, 3*C) */
                                int b, int t) {
     float *delta = scratch; /* (b, NH, t) */
-    const int q_blocks = (t + DQ_QUERIES - 1) / DQ_QUERIES, kv_blocks = (t + DKV_KEYS - 1) / DKV_KEYS;
-    const size_t q_shared = (2 * DQ_QUERIES + 4 * DQ_KEYS) * HEAD_PITCH * sizeof(floatX);
-    const size_t kv_shared = (2 * DKV_KEYS + 4 * DKV_QUERIES) * HEAD_PITCH * sizeof(floatX);
-    cudaCheck(cudaFuncSetAttribute(attention_backward_q_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)q_shared));
-    cudaCheck(cudaFuncSetAttribute(attention_backward_kv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kv_shared));
-    attention_backward_q_kernel<<<b * NH * q_blocks, ATTENTION_WARPS * 32, q_shared, stream>>>(
-        dqkv, delta, dout, out, lse, qkv, t, b * NH, heads_together(t));
+    const int q_blocks = b * NH * ((t + DQ_QUERIES - 1) / DQ_QUERIES), together = heads_together(t);
+    const int q_shared = (2 * DQ_QUERIES + 4 * DQ_KEYS) * HEAD_PITCH * (int)sizeof(floatX);
+    cudaCheck(cudaFuncSetAttribute(attention_backward_q_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   q_shared));
+    attention_backward_q_kernel<<<q_blocks, ATTENTION_WARPS * 32, q_shared, stream>>>(
+        dqkv, delta, dout, out, lse, qkv, t, b * NH, together);
     cudaCheck(cudaGetLastError());
-    attention_backward_kv_kernel<<<b * NH * kv_blocks, ATTENTION_WARPS * 32, kv_shared, stream>>>(
-        dqkv, dout, lse, delta, qkv, t, b * NH, heads_together(t));
+
+    const int kv_blocks = b * NH * ((t + DKV_KEYS - 1) / DKV_KEYS);
+    const int kv_shared = (2 * DKV_KEYS + 4 * DKV_QUERIES) * HEAD_PITCH * (int)sizeof(floatX);
+    cudaCheck(cudaFuncSetAttribute(attention_backward_kv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kv_shared));
+    attention_backward_kv_kernel<<<kv_blocks, ATTENTION_WARPS * 32, kv_shared, stream>>>(
+        dqkv, dout, lse, delta, qkv, t, b * NH, together);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2241,7 +2377,8 @@ static void adamw_update(float *param, floatX *working, float *m, float *v, cons
                          int step) {
     const float correct1 = (float)(1.0 / (1.0 - pow(beta1, step))), correct2 = (float)(1.0 / (1.0 - pow(beta2, step)));
     const size_t n = tensors->end[tensors->count - 1];
-    adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale, learning_rate, beta1, beta2, epsilon, correct1, correct2);
+    adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale,
+                                                                    learning_rate, beta1, beta2, epsilon, correct1, correct2);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2264,7 +2401,7 @@ static void point_parameters(Parameters<Value> *p, Value *memory) {
     for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
-/* All memory of the GPU that the program ever uses: 8,876,217,856 bytes. */
+/* All memory of the GPU that the program ever uses: 8,838,649,344 bytes. */
 static void allocate_model(void) {
     params_memory = (floatX *)allocate_tensors(248951808);
     grads_memory = (float *)allocate_tensors(497903616);
@@ -2319,7 +2456,7 @@ static void allocate_model(void) {
     char *inputs = (char *)allocate_tensors(66048);
     tokens_on_gpu = (int *)inputs;
     results = (double *)(inputs + 65792);
-    scratch = (float *)allocate_tensors(67108864);
+    scratch = (float *)allocate_tensors(29540352);
 }
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */
@@ -3085,6 +3222,93 @@ static int load_checkpoint(const Settings *s, Loader *data, Progress *run) {
     return 0;
 }
 
+/* ---- multiple choice: which of several endings does the model find likeliest? ------------------------------------ */
+
+enum {
+    EXAMPLES_MAGIC = 20240522,
+    EXAMPLES_VERSION = 1,
+    EXAMPLE_BEGIN = 65535,  /* stands before each example */
+    MOST_TOKENS = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT,  /* of a context and an ending that evaluate takes */
+};
+
+/* All of a file behind its header, as uint16. An example is EXAMPLE_BEGIN, its length in bytes, its index, the number of the
+ * right ending, the number of endings; then the context and each ending, as a length and so many tokens. */
+static struct {
+    uint16_t *values;
+    int count;  /* examples */
+} examples;
+
+__attribute__((noreturn)) static void die_example(int example, const char *path, const char *what) {
+    die(1, "%s: example %d: %s; export it again with this model's tokenizer", path, example, what);
+}
+
+static void load_examples(const char *path) {
+    int32_t header[HEADER_INTS];
+    int64_t bytes;
+    FILE *file = open_input(path, header, &bytes);
+    if (header[0] != EXAMPLES_MAGIC || header[1] != EXAMPLES_VERSION) {
+        die(1, "%s: not an evaluation file: it begins with %d, version %d, not %d, version %d; name another", path, header[0],
+            header[1], EXAMPLES_MAGIC, EXAMPLES_VERSION);
+    }
+    examples.values = (uint16_t *)allocate((size_t)bytes);
+    examples.count = header[2];
+    read_input(file, examples.values, (size_t)bytes, path);
+    fclose(file);
+    const uint16_t *end = examples.values + bytes / 2, *at = examples.values;
+    for (int i = 0; i < examples.count; i++) {
+        if (end - at < 6 || at[0] != EXAMPLE_BEGIN || at[1] / 2 > end - at) die_example(i, path, "the file is damaged");
+        const uint16_t *next = at + at[1] / 2, endings = at[4];
+        if (at[3] >= endings) die_example(i, path, "none of its endings is the right one");
+        at += 5;
+        for (int part = 0; part <= endings; part++) {
+            const int tokens = at < next ? *at : 0;
+            if (tokens == 0 || tokens >= next - at) die_example(i, path, "it has an empty part, or is damaged");
+            if (part > 0 && tokens >= MOST_TOKENS) die_example(i, path, "an ending is longer than the model's sequences");
+            for (int t = 1; t <= tokens; t++) {
+                if (at[t] >= V) die_example(i, path, "it has a token that is not below vocab_size");
+            }
+            at += 1 + tokens;
+        }
+        if (at != next) die_example(i, path, "the file is damaged");
+    }
+    if (examples.count < 1 || at != end) die(1, "%s: its length is not what its header says; it is damaged", path);
+    say("%s: %d examples\n", path, examples.count);
+}
+
+/* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
+static double ending_loss(const uint16_t *context, const uint16_t *ending) {
+    static int tokens[MOST_TOKENS + 1];
+    const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
+    for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
+    for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
+    const int *inputs = tokens_to_gpu(tokens, n);
+    evaluate(inputs, inputs + 1, 1, n - 1, kept - 1);
+    const float *losses = floats_from_gpu(eval.losses, ending[0]);
+    double sum = 0.0;
+    for (int t = 0; t < ending[0]; t++) sum += (double)losses[t];
+    return sum / ending[0];
+}
+
+/* In how many examples the right ending has the least mean loss; -1 after a signal. */
+static int count_right_answers(void) {
+    const uint16_t *example = examples.values;
+    int right = 0;
+    for (int i = 0; i < examples.count; i++, example += example[1] / 2) {
+        const uint16_t *context = example + 5, *ending = context + 1 + context[0];
+        double least_loss = INFINITY;
+        int answer = 0;
+        for (int e = 0; e < example[4]; e++, ending += 1 + ending[0]) {
+            if (stop_signal) return -1;
+            const double loss = ending_loss(context, ending);
+            if (loss >= least_loss) continue;
+            least_loss = loss;
+            answer = e;
+        }
+        right += answer == example[3];
+    }
+    return right;
+}
+
 /* ---- training ---------------------------------------------------------------------------------------------------- */
 
 static const double FLOPS_PER_TOKEN = 808195584; /* forward and backward; a multiply-add is 2 */
@@ -3150,6 +3374,13 @@ static void validate(const Settings *s, Loader *data, int step) {
     log_metrics("{\"step\": %d, \"val_loss\": %.9g}\n", step, loss);
 }
 
+static void answer_examples(int step) {
+    const int right = count_right_answers();
+    if (right < 0) return;
+    say("accuracy %.4f (%d of %d)\n", (double)right / examples.count, right, examples.count);
+    log_metrics("{\"step\": %d, \"accuracy\": %.9g}\n", step, (double)right / examples.count);
+}
+
 /* The rate of one of so many steps, counted from 1: a linear warmup, then down to final_lr_fraction of --lr. */
 static double scheduled_rate(const Settings *s, int step, int steps) {
     const double top = s->learning_rate, fall = top - top * s->final_lr_fraction;
@@ -3213,6 +3444,7 @@ static void train(const Settings *s, Loader *train_data, Loader *val_data, Progr
     for (const int first = run->step;; train_step(s, train_data, run, steps)) {
         const int step = run->step, is_new = step == 0 || step > first;
         if (is_new && val_data && s->val_steps > 0 && is_due(step, s->val_every, steps)) validate(s, val_data, step);
+        if (is_new && s->eval_data && is_due(step, s->val_every, steps)) answer_examples(step);
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
         if (is_new && sample_due && !stop_signal) print_sample(s, step);
         if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {
@@ -3290,6 +3522,8 @@ static const Flag flags[] = {
     { "--train-data", "-i", "GLOB", TEXT, offsetof(Settings, train_data), 0,
       "token shards to train on, taken in order" },
     { "--val-data", "-j", "GLOB", TEXT, offsetof(Settings, val_data), 0, "token shards to validate on" },
+    { "--eval-data", "", "FILE", TEXT, offsetof(Settings, eval_data), 0,
+      "multiple-choice examples to answer whenever it validates" },
     { "--tokenizer", "", "FILE", TEXT, offsetof(Settings, tokenizer), 0,
       "table of the tokens' texts, to print samples" },
     { "--log-dir", "-o", "DIR", TEXT, offsetof(Settings, log_dir), 0,
@@ -3469,6 +3703,7 @@ int main(int argc, char **argv) {
     /* Whatever can be wrong with files shows before the long work begins. */
     if (s->train_data) train_data = open_data("--train-data", s->train_data);
     if (s->val_data) val_data = open_data("--val-data", s->val_data);
+    if (s->eval_data) load_examples(s->eval_data);
     if (s->tokenizer) load_tokenizer(s->tokenizer);
     if (s->prompt_tokens) load_prompt(s->prompt_tokens);
     if (s->debug_state) prove_writable(s->debug_state);
@@ -3485,7 +3720,7 @@ int main(int argc, char **argv) {
     allocate_model();
     say("memory: %zu bytes\n", model_bytes);
     if (s->resume && load_checkpoint(s, &train_data, &run)) {
-        if (run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
+        if (steps >= 0 && run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
     } else if (s->load) {
         load_weights(s->load);
     } else {

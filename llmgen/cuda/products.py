@@ -16,6 +16,7 @@ LAYOUTS = {  # function -> the product's layout, and its rows, columns and terms
     "linear_backward_input_gelu": lambda n, c, oc: (n, c, oc),
     "linear_backward_weight": lambda n, c, oc: (oc, c, n),
 }
+PRODUCTS = {"linear_backward_input_gelu": "gelu_input_gradient", "linear_backward_weight": "weight_gradient"}  # else matmul
 CLASSIFIERS = {
     "classifier_forward": ("linear_forward",),
     "classifier_forward_backward": ("linear_forward", "linear_backward_input", "linear_backward_weight"),
@@ -27,7 +28,11 @@ LEAST_TERMS = 256  # in a part: fewer do not pay for the start of the pipeline
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes. speed: TFLOP/s of one multiprocessor full of such blocks, on long sums; relations count."""
+    """What a block computes.
+
+    speed: TFLOP/s of one multiprocessor full of such blocks on long sums, as measured on an H100; their relations count.
+    overhead: of a tile beside its sums, in the terms that could be summed meanwhile.
+    """
 
     rows: int
     columns: int
@@ -37,6 +42,7 @@ class Tile:
     warps_n: int
     blocks: int  # on one multiprocessor
     speed: float
+    overhead: int
 
     @property
     def name(self) -> str:
@@ -47,13 +53,17 @@ class Tile:
         return 32 * self.warps_m * self.warps_n
 
     @property
+    def sums_of_rows(self) -> int:
+        """Partial sums of each row of a weight gradient's left operand: as Sums in gemm.j2."""
+        return 2 * self.threads // self.rows
+
+    @property
     def shared_bytes(self) -> int:
         return 2 * self.stages * self.depth * (self.rows + self.columns)
 
-    @property
-    def product(self) -> str:
-        """The C++ of its product, up to the first template argument that a function decides."""
-        return f"matmul<{self.name}, "
+    def product(self, function: str) -> str:
+        """The C++ function that does it, up to the first template argument that is left open."""
+        return f"{PRODUCTS.get(function, 'matmul')}<{self.name}, "
 
 
 @dataclass(frozen=True)
@@ -63,23 +73,24 @@ class FloatTile:
     side: int
     blocks: int
     speed: float
+    overhead: int
 
     rows = property(lambda self: self.side)
     columns = property(lambda self: self.side)
     depth = 16
 
-    @property
-    def product(self) -> str:
-        return f"matmul_f32<{self.side}, "
+    def product(self, function: str) -> str:
+        return f"{PRODUCTS.get(function, 'matmul')}_f32<{self.side}, "
 
 
 TILES = (
-    Tile(128, 128, 32, 4, 2, 2, 2, 3.2),
-    Tile(64, 64, 64, 3, 2, 2, 3, 2.2),
+    Tile(128, 256, 32, 4, 2, 4, blocks=1, speed=3.9, overhead=220),
+    Tile(128, 128, 32, 3, 2, 2, blocks=2, speed=3.5, overhead=150),
+    Tile(64, 64, 64, 3, 2, 2, blocks=3, speed=2.3, overhead=60),
 )
 FLOAT_TILES = (
-    FloatTile(128, 2, 0.36),
-    FloatTile(64, 6, 0.3),
+    FloatTile(128, blocks=2, speed=0.32, overhead=20),
+    FloatTile(64, blocks=6, speed=0.32, overhead=20),
 )
 BANDWIDTH = 2.0  # TB/s, of the sums over parts
 
@@ -127,11 +138,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of a function: where `when` (C, empty for always) holds, this tile computes it."""
+    """A line of a function: where `when` (C, empty for always) holds, this computes it. parts: of a weight gradient, else 0."""
 
     when: str
     product: str
     aligned: str
+    parts: int = 0
 
 
 def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
@@ -144,7 +156,7 @@ def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
         tiles = -(-m // tile.rows) * -(-n // tile.columns)
         slots = multiprocessors * tile.blocks
         for parts in range(1, _parts_limit(shape) + 1):
-            terms = -(-k // (parts * tile.depth)) * tile.depth + 64  # the pipeline's start and the epilogue cost as 64 terms
+            terms = -(-k // (parts * tile.depth)) * tile.depth + tile.overhead
             waves = -(-tiles * parts // slots)
             seconds = waves * tile.blocks * 2 * tile.rows * tile.columns * terms / (tile.speed * 1e12)
             if parts > 1:
@@ -162,50 +174,56 @@ def _parts_limit(shape: Shape) -> int:
 
 
 def scratch_bytes(shape: Shape, precision: str, multiprocessors: int) -> int:
-    """What a function needs of the device memory that all kernels share."""
-    if shape.function != "linear_backward_weight":
-        return 0
-    parts = choose(shape, precision, multiprocessors).parts
-    return 4 * max(parts * shape.oc * shape.c if parts > 1 else 0, SUM_PARTS * shape.oc)
+    """What a function needs of the device memory that all kernels share: parts of a weight gradient, and sums of columns."""
+    tile, parts = (choice := choose(shape, precision, multiprocessors)).tile, choice.parts
+    weights = parts * shape.oc * shape.c if parts > 1 else 0
+    if shape.function == "linear_backward_weight":
+        sums = parts * -(-shape.c // tile.columns) * tile.sums_of_rows if precision == "bf16" else 0
+        return 4 * max(weights + (SUM_PARTS + sums) * shape.oc, SUM_PARTS * shape.oc)
+    if shape.function == "linear_backward_input_gelu":
+        sums = -(-shape.n // tile.rows) * tile.warps_m if precision == "bf16" else 0
+        return 4 * (SUM_PARTS + sums) * shape.c
+    return 0
 
 
 def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> dict:
-    """What the templates need: `tiles`, for each function its rules, and `parts` of weight gradients.
+    """What the templates need: `tiles`, and for each function its rules.
 
     Rules look at c and oc alone, so that they serve any number of rows. Without a shape of a function: rules for any shape.
     """
-    found: dict = {"tiles": [], "parts": []}
+    found: dict = {"tiles": []}
     shapes = list(shapes)
     for function in LAYOUTS:
-        mine = {(s.c, s.oc): s for s in shapes if s.function == function}
         groups: dict = {}
-        for (c, oc), shape in mine.items():
+        for shape in (s for s in shapes if s.function == function):
             choice = choose(shape, precision, multiprocessors)
-            groups.setdefault((choice.tile, shape.aligned(precision)), []).append(f"c == {c} && oc == {oc}")
-            if choice.parts > 1:
-                found["parts"].append({"when": f"c == {c} && oc == {oc}", "parts": choice.parts})
-        found[function] = _rules(groups) if groups else any_shape(precision)
-        found["tiles"] += [tile for tile, _ in groups] if shapes else TILES
+            parts = choice.parts if function == "linear_backward_weight" else 0
+            conditions = groups.setdefault((choice.tile, shape.aligned(precision), parts), [])
+            conditions.append(f"c == {shape.c} && oc == {shape.oc}")
+        found[function] = _rules(function, groups) if groups else any_shape(function, precision)
+        found["tiles"] += [tile for tile, *_ in groups] if shapes else TILES
     found["tiles"] = [tile for tile in TILES if tile in found["tiles"]] if precision == "bf16" else []
     return found
 
 
-def _rules(groups: dict) -> list[Rule]:
-    """One rule for each tile; the one with the most shapes comes last and needs no condition."""
+def _rules(function: str, groups: dict) -> list[Rule]:
+    """One rule for each kernel; the one with the most shapes comes last and needs no condition."""
     ordered = sorted(groups.items(), key=lambda item: len(item[1]))
     rules = []
-    for i, ((tile, aligned), conditions) in enumerate(ordered):
+    for i, ((tile, aligned, parts), conditions) in enumerate(ordered):
         when = " || ".join(f"({c})" for c in conditions) if len(conditions) > 1 else conditions[0]
-        rules.append(Rule("" if i == len(ordered) - 1 else when, tile.product, "true" if aligned else "false"))
+        when = "" if i == len(ordered) - 1 else when
+        rules.append(Rule(when, tile.product(function), "true" if aligned else "false", parts))
     return rules
 
 
-def any_shape(precision: str) -> list[Rule]:
+def any_shape(function: str, precision: str) -> list[Rule]:
     """Rules that fit every c and oc: for functions that are compiled before their shapes are known."""
     values, tiles = (8, TILES) if precision == "bf16" else (4, FLOAT_TILES)
-    small = tiles[-1].product
+    large, small = tiles[0].product(function), tiles[-1].product(function)
+    parts = 1 if function == "linear_backward_weight" else 0
     return [
-        Rule(f"c % {values} || oc % {values}", small, "false"),
-        Rule("c <= 64 || oc <= 64", small, "true"),
-        Rule("", tiles[0].product, "true"),
+        Rule(f"c % {values} || oc % {values}", small, "false", parts),
+        Rule("c <= 64 || oc <= 64", small, "true", parts),
+        Rule("", large, "true", parts),
     ]

@@ -1,7 +1,7 @@
 """How much device memory the kernels need beside the tensors, and how many rows of logits exist at a time."""
 
 from llmgen.config import Config
-from llmgen.cuda import products
+from llmgen.cuda import attention, elementwise, products
 from llmgen.cuda.architecture import Architecture
 from llmgen.graph import Graph
 
@@ -14,7 +14,20 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
     return -(-rows // max(parts, 1))
 
 
+def turns(graph: Graph, config: Config, machine: Architecture) -> int:
+    """Counters of the kernel that runs."""
+    return attention.COUNTERS
+
+
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     """The most that any one kernel needs: they run one after another."""
-    shapes, precision = products.shapes(graph), config.program.precision
-    return max([64 << 20, *(products.scratch_bytes(shape, precision, machine.multiprocessors) for shape in shapes)])
+    model, b, t = config.model, config.program.batch_size, config.program.seq_len
+    heads = model.num_heads + 2 * model.num_kv_heads
+    of_products = [
+        products.scratch_bytes(shape, config.program.precision, machine.multiprocessors) for shape in products.shapes(graph)
+    ]
+    return max(
+        *of_products,
+        elementwise.scratch_bytes(b * t, model.channels, heads, model.head_size),
+        attention.backward_scratch_bytes(b, t, model.num_heads),
+    )

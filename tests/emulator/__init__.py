@@ -3,7 +3,7 @@
 What is emulated, and what it notices, is said at the top of runtime.h, ptx.h and cuda.h. Here: the few things of the
 language that are not C++ (launches, shared memory, inline PTX), and the compiler's command.
 
-EMULATOR_SEED (a number) chooses another order in which threads run.
+EMULATOR_SEED (a number) chooses another order in which threads run; EMULATOR_RACES makes everything look for races.
 """
 
 import hashlib
@@ -28,20 +28,27 @@ def available() -> bool:
     return shutil.which("g++") is not None and os.uname().machine == "x86_64" and os.uname().sysname == "Linux"
 
 
-def compile(source: Path, program: Path, shared: bool = False) -> None:
-    """Compiles a .cu to a program (or a shared library) that runs here. Raises RuntimeError with what the compiler says."""
+def compile(source: Path, program: Path, shared: bool = False, races: bool = False) -> None:
+    """Compiles a .cu to a program (or a shared library) that runs here. Raises RuntimeError with what the compiler says.
+
+    races: it also looks for races in shared memory, which takes longer.
+    """
     text = program.with_name(program.name + ".emulated.cpp")
     text.write_text(translate(source.read_text(), source.name))
-    objects = [_runtime(name, program.parent) for name in ("runtime", "cuda", "hopper")]
+    objects = [_runtime(name) for name in ("runtime", "cuda", "hopper", "races")]
     link = ["-shared", "-Wl,-Bsymbolic"] if shared else []
-    _run(["g++", *FLAGS, f"-I{FOLDER}", str(text), *map(str, objects), *link, "-ldl", "-o", str(program)])
+    instrument = ["-fsanitize=thread"] if races or os.environ.get("EMULATOR_RACES") else []
+    compiled = text.with_suffix(".o")
+    _run(["g++", *FLAGS, *instrument, f"-I{FOLDER}", "-c", str(text), "-o", str(compiled)])
+    _run(["g++", str(compiled), *map(str, objects), *link, "-ldl", "-o", str(program)])
 
 
-def _runtime(name: str, folder: Path) -> Path:
-    """The emulator itself, compiled once for all programs of a folder."""
-    text = b"".join(p.read_bytes() for p in sorted(FOLDER.glob("*.[hc]*")))
-    compiled = folder / f"emulator-{name}-{hashlib.sha256(text).hexdigest()[:12]}.o"
+def _runtime(name: str) -> Path:
+    """A part of the emulator itself, compiled once for all programs."""
+    text = b"".join(p.read_bytes() for p in sorted(FOLDER.glob("*.[hc]*"))) + str(FLAGS).encode()
+    compiled = FOLDER / "__pycache__" / f"{name}-{hashlib.sha256(text).hexdigest()[:12]}.o"
     if not compiled.exists():
+        compiled.parent.mkdir(exist_ok=True)
         temporary = compiled.with_suffix(f".{os.getpid()}")
         flags = [f for f in FLAGS if "sanitize" not in f]
         _run(["g++", *flags, "-O3", "-c", str(FOLDER / f"{name}.cpp"), "-o", str(temporary)])

@@ -197,7 +197,7 @@ static inline T emulator_found(const T *p, T old) {
 }
 #define ATOMIC(name, expression)                                                        \
     template <class T, class V>                                                         \
-    static inline T name(T *p, V value) {                                               \
+    __attribute__((no_sanitize("thread"))) static inline T name(T *p, V value) {                                               \
         const T old = *p, v = (T)value;                                                 \
         *p = (expression);                                                              \
         return emulator_found(p, old);                                                  \
@@ -212,7 +212,7 @@ ATOMIC(atomicXor, old ^ v)
 ATOMIC(atomicExch, v)
 ATOMIC(atomicInc, old >= v ? 0 : old + 1)
 template <class T, class V, class W>
-static inline T atomicCAS(T *p, V compare, W value) {
+__attribute__((no_sanitize("thread"))) static inline T atomicCAS(T *p, V compare, W value) {
     const T old = *p;
     if (old == (T)compare) *p = (T)value;
     return emulator_found(p, old);

@@ -33,6 +33,18 @@ static const uint32_t OFFSET = (1u << RANK_SHIFT) - 1;
 /* Within 128, 64, 32 bytes, 16-byte slots are permuted by bits of the address above. swizzle: 3, 2, 1 (0: none). */
 static uint32_t swizzled(uint32_t address, int swizzle) { return address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4); }
 
+/* What is known to those who have waited at an mbarrier. */
+static Clock &clock_of(const void *barrier) {
+    for (Block *b : current->block->cluster->blocks)
+        if ((char *)barrier >= b->shared && (char *)barrier < b->shared + SHARED_WINDOW) {
+            for (auto &[known, clock] : b->mbarriers)
+                if (known == barrier) return clock;
+            b->mbarriers.push_back({(char *)barrier, Clock()});
+            return b->mbarriers.back().second;
+        }
+    abort();
+}
+
 /* ---- barriers in shared memory: their state is in their 8 bytes ---- */
 
 struct State {
@@ -65,6 +77,7 @@ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) { state(barrier)->byte
 void mbarrier_arrive(uint32_t barrier, uint32_t count) {
     State *s = state(barrier);
     if (s->pending < count) fail("mbarrier at %#x: more arrivals than the %d of a phase", barrier & OFFSET, (int)s->count);
+    if (checking_races) release_to(clock_of(s));
     s->pending -= count;
     finish_phase(s);
 }
@@ -72,11 +85,14 @@ void mbarrier_arrive(uint32_t barrier, uint32_t count) {
 bool mbarrier_passed(uint32_t barrier, uint32_t parity) {
     State *s = state(barrier);
     if (s->phase == (parity & 1)) finish_one();
-    if (s->phase != (parity & 1)) return true;
+    if (s->phase != (parity & 1)) {
+        if (checking_races) acquire_from(current, clock_of(s));
+        return true;
+    }
     uint64_t bits;
     memcpy(&bits, s, 8);
     spin(s, bits, parity & 1 ? "mbarrier, parity 1" : "mbarrier, parity 0");
-    return s->phase != (parity & 1);
+    return false;
 }
 
 static void arrived(State *s, int bytes) {
@@ -134,6 +150,8 @@ void tma_load_boxes(uint32_t to, const CUtensorMap *map, const int *at, int rank
         char *box = shared_pointer(target | (to & OFFSET), bytes, 128);
         State *s = state(blocks ? target | (barrier & OFFSET) : barrier);
         memset(box, 0xFF, bytes);
+        touch(box, bytes, true);
+        if (checking_races) join(clock_of(s), current->clock);
         later([=] {
             const uint32_t first = to & OFFSET;
             lines(m, start.data(), [&](const char *from, uint32_t begin, uint32_t end, uint32_t offset) {
@@ -154,6 +172,8 @@ void bulk_load(uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier) {
     char *p = shared_pointer(to, bytes, 16);
     State *s = state(barrier);
     memset(p, 0xFF, bytes);
+    touch(p, bytes, true);
+    if (checking_races) join(clock_of(s), current->clock);
     later([=] {
         memcpy(p, (const void *)from, bytes);
         arrived(s, bytes);
@@ -182,6 +202,7 @@ void tma_store_box(const CUtensorMap *map, const int *at, int rank, uint32_t fro
     const char *box = shared_pointer(from, bytes->size(), 128);
     bulk_store(
         [=] {
+            touch(box, bytes->size(), false);
             for (uint32_t i = 0; i < bytes->size(); i += 16)
                 memcpy(bytes->data() + i, box + (int)(swizzled(first + i, m.swizzle) - first), 16);
         },
@@ -200,7 +221,7 @@ void bulk_store_bytes(uint64_t to, uint32_t from, uint32_t size, bool adds) {
     if (size % 16 || to % 16) fail("a bulk copy of %u bytes to %#lx: must be multiples of 16", size, (unsigned long)to);
     const char *p = shared_pointer(from, size, 16);
     auto bytes = std::make_shared<std::vector<char>>(size);
-    bulk_store([=] { memcpy(bytes->data(), p, size); },
+    bulk_store([=] { touch(p, size, false), memcpy(bytes->data(), p, size); },
                [=] {
                    if (adds) add<float>((char *)to, bytes->data(), size);
                    else memcpy((char *)to, bytes->data(), size);
@@ -241,7 +262,9 @@ static void gather(uint64_t descriptor, bool mn_major, int size, uint16_t (*to)[
         const uint32_t offset = mn_major ? mn / (line / 2) * leading + mn % (line / 2) * 2 + k / 8 * stride + k % 8 * line
                                          : mn / 8 * stride + mn % 8 * line + k * 2;
         uint16_t piece[8];
-        memcpy(piece, shared_pointer(rank | swizzled(start + offset, swizzle), 16, 16), 16);
+        const char *from = shared_pointer(rank | swizzled(start + offset, swizzle), 16, 16);
+        touch(from, 16, false);
+        memcpy(piece, from, 16);
         for (int j = 0; j < 8; j++) (mn_major ? to[mn + j][k] : to[mn][k + j]) = piece[j];
     }
 }

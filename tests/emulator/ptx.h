@@ -91,7 +91,9 @@ static inline void cp_async(uint32_t to, uint64_t from, int bytes, int from_byte
     if (from % bytes) fail("cp.async: address %#lx must be a multiple of %d", (unsigned long)from, bytes);
     char *p = shared_pointer(to, bytes, bytes);
     memset(p, 0xFF, bytes);
+    touch(p, bytes, true);
     current->copies.push_back([=] {
+        touch(p, bytes, true);
         memset(p, 0, bytes);
         memcpy(p, (const void *)from, from_bytes);
     });

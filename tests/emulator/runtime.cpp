@@ -32,7 +32,7 @@ static std::deque<Action> pending;        /* see `later` */
 static size_t fruitless;                  /* threads in turn that looked again and found nothing new */
 static bool stuck;                        /* all that could run are such threads */
 static std::string error, last_message;
-static std::vector<void *> failed_at;     /* return addresses */
+std::vector<void *> found_at, other_at;
 static uint32_t random_state, launches;
 
 /* ---- switching ---- */
@@ -86,8 +86,8 @@ void make_ready(Fibre *fibre) {
     ready.push_back(fibre);
 }
 
-void wait_for(const char *what, uint64_t detail, int line) {
-    current->waits_for = what, current->detail = detail, current->line = line;
+void wait_for(const char *what, uint64_t detail) {
+    current->waits_for = what, current->detail = detail;
     current->spins_on = nullptr;
     fruitless = 0;
     next();
@@ -111,7 +111,7 @@ void spin(const volatile void *address, uint64_t value, const char *what) {
         fruitless = 0;
         return;
     }
-    current->waits_for = what, current->detail = (uint64_t)(uintptr_t)address, current->line = 0;
+    current->waits_for = what, current->detail = (uint64_t)(uintptr_t)address;
     if (++fruitless > 2 * ready.size() + 2 && !finish_one()) { /* all others have looked since, and nothing has changed */
         stuck = true;
         to_scheduler();
@@ -175,7 +175,7 @@ void fail(const char *format, ...) {
         fprintf(stderr, "%s\n", error.c_str());
         abort();
     }
-    if (failed_at.empty()) failed_at = calls(current, __builtin_return_address(0), (void **)__builtin_frame_address(0));
+    if (found_at.empty()) found_at = calls(current, __builtin_return_address(0), (void **)__builtin_frame_address(0));
     to_scheduler();
     abort();
 }
@@ -215,7 +215,7 @@ static void on_signal(int number, siginfo_t *info, void *context) {
         raise(number);
         return;
     }
-    failed_at = calls(current, (void *)c->uc_mcontext.gregs[REG_RIP], (void **)c->uc_mcontext.gregs[REG_RBP]);
+    found_at = calls(current, (void *)c->uc_mcontext.gregs[REG_RIP], (void **)c->uc_mcontext.gregs[REG_RBP]);
     if (number == SIGILL) fail("a misaligned access, or an index outside of its array");
     if (number == SIGFPE) fail("an integer division by zero");
     fail("an access outside of memory, address %p", info->si_addr);
@@ -243,9 +243,23 @@ static void catch_signals(bool on) {
 
 /* ---- what threads do together ---- */
 
-static void complete(Warp &w, Gathering *g) {
-    w.open.erase(std::find(w.open.begin(), w.open.end(), g));
-    g->work(g->args, g->arrived);
+/* Does what some threads do together: all that each of them has done before is known to them afterwards. */
+static void together(Fibre *const *fibres, int count, uint32_t lanes, const Action &work) {
+    if (!checking_races) return work();
+    Clock all;
+    for (int i = 0; i < count; i++)
+        if (lanes >> i % WARP & 1) join(all, fibres[i]->clock);
+    current->clock = all;
+    work();
+    for (int i = 0; i < count; i++)
+        if (lanes >> i % WARP & 1) fibres[i]->clock = all, tick(fibres[i]);
+}
+
+static void complete(Block *b, int warp, Gathering *g) {
+    std::vector<Gathering *> &open = b->warps[warp].open;
+    open.erase(std::find(open.begin(), open.end(), g));
+    const int first = warp * WARP;
+    together(&b->fibres[first], std::min<int>(WARP, b->fibres.size() - first), g->arrived, [=] { g->work(g->args, g->arrived); });
 }
 
 /* Lanes that have ended are not waited for. */
@@ -284,7 +298,7 @@ void collective(uint32_t mask, Work work, const char *what, void *arg) {
     if (!is_complete(w, mine)) return wait_for(what);
     const uint32_t others = mine->arrived & ~bit;
     self->spins_on = nullptr;
-    complete(w, mine);
+    complete(self->block, self->warp, mine);
     wake(self->block, self->warp, others);
 }
 
@@ -300,16 +314,18 @@ void warpgroup_collective(void (*work)(void **args), const char *what, void *arg
     if (++g.arrived < 128) return wait_for(what);
     g.arrived = 0;
     self->spins_on = nullptr;
-    work(g.args);
+    together(&b->fibres[index * 128], 128, 0xFFFFFFFF, [&] { work(g.args); });
     for (int i = 0; i < 128; i++)
         if (b->fibres[index * 128 + i] != self) make_ready(b->fibres[index * 128 + i]);
 }
 
 static void release(Barrier &barrier) {
     if (random_bit()) std::reverse(barrier.waiting.begin(), barrier.waiting.end());
-    for (Fibre *f : barrier.waiting)
+    for (Fibre *f : barrier.waiting) {
+        acquire_from(f, barrier.clock);
         if (f != current) make_ready(f);
-    barrier.waiting.clear();
+    }
+    barrier.waiting.clear(), barrier.clock.clear();
     barrier.arrived = barrier.expected = barrier.line = 0;
 }
 
@@ -328,13 +344,14 @@ static Barrier &arrive(int id, int threads, const char *what, int line) {
     barrier.expected = threads;
     if (line) barrier.line = line;
     barrier.arrived++;
+    release_to(barrier.clock);
     return barrier;
 }
 
 void barrier_sync(int id, int threads, const char *what, int line) {
     Barrier &barrier = arrive(id, threads, what, line);
     barrier.waiting.push_back(current);
-    if (!is_full(current->block, barrier)) return wait_for(what, (uint64_t)id, line);
+    if (!is_full(current->block, barrier)) return wait_for(what, id);
     current->spins_on = nullptr;
     release(barrier);
 }
@@ -351,6 +368,7 @@ static void cluster_check(Cluster *c) {
 void cluster_arrive(void) {
     Cluster *c = current->block->cluster;
     current->cluster_phase = c->phase;
+    release_to(c->clock);
     c->arrived++;
     cluster_check(c);
 }
@@ -358,6 +376,7 @@ void cluster_arrive(void) {
 void cluster_wait(void) {
     Cluster *c = current->block->cluster;
     while (c->phase == current->cluster_phase) spin(&c->phase, c->phase, "barrier.cluster");
+    acquire_from(current, c->clock);
     current->spins_on = nullptr;
 }
 
@@ -431,7 +450,7 @@ static void thread_main(void) {
         Gathering *g = w.open[i];
         if (!is_complete(w, g)) continue;
         const uint32_t lanes = g->arrived;
-        complete(w, g);
+        complete(b, self->warp, g);
         wake(b, self->warp, lanes);
         i = -1;
     }
@@ -458,7 +477,7 @@ static Fibre *new_fibre(void) {
     *--sp = (void *)thread_main;
     for (int i = 0; i < 6; i++) *--sp = nullptr;
     f->sp = sp;
-    f->done = false, f->waits_for = "", f->detail = 0, f->line = 0, f->spins_on = nullptr;
+    f->done = false, f->waits_for = "", f->detail = 0, f->spins_on = nullptr;
     f->copies.clear(), f->groups.clear(), f->stores.clear();
     return f;
 }
@@ -497,6 +516,7 @@ static Block *start_block(size_t number, int rank, Cluster *cluster) {
         b->warps[f->warp].live |= 1u << f->lane;
         b->fibres.push_back(f);
     }
+    start_clocks(b);
     const int first = random_bit() ? threads / 2 / WARP * WARP : 0; /* the order of threads is nobody's promise */
     const bool backwards = random_bit();
     for (int i = 0; i < threads; i++) ready.push_back(b->fibres[((backwards ? threads - 1 - i : i) + first) % threads]);
@@ -533,7 +553,7 @@ int launch(const Launch &l) {
         return 9; /* cudaErrorInvalidConfiguration */
     }
     launched = l;
-    error.clear(), ready.clear(), pending.clear(), failed_at.clear();
+    error.clear(), ready.clear(), pending.clear(), found_at.clear(), other_at.clear();
     fruitless = 0, stuck = false;
     const char *seed = getenv("EMULATOR_SEED");
     random_state = (seed ? atoi(seed) : 0) * 2654435761u + 12345 + ++launches * 40503u; /* each launch another order */
@@ -568,7 +588,7 @@ int launch(const Launch &l) {
     }
     catch_signals(false);
     if (error.empty()) return 0;
-    set_message(error + source_lines(failed_at));
+    set_message(error + source_lines(found_at) + (other_at.empty() ? "" : ", the other" + source_lines(other_at)));
     return 719; /* cudaErrorLaunchFailure */
 }
 

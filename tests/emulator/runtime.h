@@ -29,7 +29,9 @@ constexpr int SHARED_WINDOW = 256 * 1024; /* the part of a shared address that m
 constexpr int RANK_SHIFT = 24;            /* above it: the block's rank in its cluster */
 
 typedef std::function<void()> Action;
+typedef std::vector<uint32_t> Clock; /* see races.cpp */
 struct Block;
+struct Shadow;
 
 /* Bulk stores of a thread: their bytes leave shared memory, then reach memory. */
 struct StoreGroup {
@@ -47,13 +49,13 @@ struct Fibre {
     bool done;
     const char *waits_for; /* "": it can run */
     uint64_t detail;
-    int line;                        /* of the source where it waits, 0: not known */
     const volatile void *spins_on;   /* what it read last in a loop that waits for others... */
     uint64_t spins_value;            /* ...and what it found */
     unsigned cluster_phase;
     std::vector<Action> copies;              /* cp.async: issued */
     std::deque<std::vector<Action>> groups;  /* cp.async: committed, oldest first */
     std::deque<StoreGroup> stores;           /* oldest first */
+    Clock clock;
 };
 
 /* Does the work of a collective, args[lane] being what each participant brought. */
@@ -75,6 +77,7 @@ struct Barrier {
     int arrived = 0, expected = 0; /* expected 0: all threads of the block that have not ended */
     int line = 0;
     std::vector<Fibre *> waiting;
+    Clock clock;
 };
 
 struct Warpgroup {
@@ -90,6 +93,7 @@ struct Cluster {
     int live = 0, arrived = 0;
     unsigned phase = 0;
     size_t ended = 0; /* blocks */
+    Clock clock;
 };
 
 struct Block {
@@ -105,6 +109,8 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<Warpgroup> warpgroups;
     Barrier barriers[16];
+    std::vector<std::pair<char *, Clock>> mbarriers; /* their clocks */
+    std::shared_ptr<Shadow> shadow;
 };
 
 struct Launch {
@@ -123,7 +129,7 @@ extern Launch launched;
 /* Ends the launch with a message that says which thread of which kernel said so. */
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* Until somebody makes this thread ready. */
-void wait_for(const char *what, uint64_t detail = 0, int line = 0);
+void wait_for(const char *what, uint64_t detail = 0);
 void make_ready(Fibre *fibre);
 /* For where a thread looks at what others may change: if it finds the same as the last time, it lets the others run. */
 void spin(const volatile void *address, uint64_t value, const char *what);
@@ -141,6 +147,19 @@ char *static_shared(const void *key, size_t bytes, size_t alignment);
 /* What happens some time later, at the latest when nothing else can. */
 void later(Action what);
 bool finish_one(void);
+
+/* ---- races ---- */
+
+extern bool checking_races;
+extern std::vector<void *> found_at, other_at; /* addresses in the code, for the message */
+void start_clocks(Block *b);
+void join(Clock &to, const Clock &from);
+void tick(Fibre *f);
+/* What this thread has done is known to whoever acquires the clock afterwards. */
+void release_to(Clock &clock);
+void acquire_from(Fibre *f, const Clock &clock);
+/* An access to shared memory that the compiler does not see. */
+void touch(const void *p, size_t bytes, bool writes);
 
 /* ---- for the program ---- */
 
