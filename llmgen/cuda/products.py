@@ -31,7 +31,7 @@ class Tile:
     """What a block computes.
 
     speed: TFLOP/s of one multiprocessor full of such blocks on long sums, as measured on an H100; their relations count.
-    overhead: of a tile beside its sums, in the terms that could be summed meanwhile.
+    overhead: of a tile beside its sums, in the terms that could be summed meanwhile; the GELU gradient's epilogue takes longer.
     """
 
     rows: int
@@ -43,6 +43,7 @@ class Tile:
     blocks: int  # on one multiprocessor
     speed: float
     overhead: int
+    gelu_overhead: int
 
     @property
     def name(self) -> str:
@@ -51,11 +52,6 @@ class Tile:
     @property
     def threads(self) -> int:
         return 32 * self.warps_m * self.warps_n
-
-    @property
-    def sums_of_rows(self) -> int:
-        """Partial sums of each row of a weight gradient's left operand: as Sums in gemm.j2."""
-        return 2 * self.threads // self.rows
 
     @property
     def shared_bytes(self) -> int:
@@ -75,6 +71,7 @@ class FloatTile:
     speed: float
     overhead: int
 
+    gelu_overhead = property(lambda self: self.overhead)
     rows = property(lambda self: self.side)
     columns = property(lambda self: self.side)
     depth = 16
@@ -84,13 +81,13 @@ class FloatTile:
 
 
 TILES = (
-    Tile(128, 256, 32, 4, 2, 4, blocks=1, speed=3.9, overhead=220),
-    Tile(128, 128, 32, 3, 2, 2, blocks=2, speed=3.5, overhead=150),
-    Tile(64, 64, 64, 3, 2, 2, blocks=3, speed=2.3, overhead=60),
+    Tile(128, 256, 32, 4, 2, 4, blocks=1, speed=3.9, overhead=220, gelu_overhead=800),
+    Tile(128, 128, 32, 3, 2, 2, blocks=2, speed=3.5, overhead=150, gelu_overhead=490),
+    Tile(64, 64, 64, 3, 2, 2, blocks=3, speed=2.3, overhead=60, gelu_overhead=200),
 )
 FLOAT_TILES = (
-    FloatTile(128, blocks=2, speed=0.32, overhead=20),
-    FloatTile(64, blocks=6, speed=0.32, overhead=20),
+    FloatTile(128, blocks=2, speed=0.31, overhead=20),
+    FloatTile(64, blocks=6, speed=0.31, overhead=20),
 )
 BANDWIDTH = 2.0  # TB/s, of the sums over parts
 
@@ -156,7 +153,8 @@ def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
         tiles = -(-m // tile.rows) * -(-n // tile.columns)
         slots = multiprocessors * tile.blocks
         for parts in range(1, _parts_limit(shape) + 1):
-            terms = -(-k // (parts * tile.depth)) * tile.depth + tile.overhead
+            overhead = tile.gelu_overhead if shape.function == "linear_backward_input_gelu" else tile.overhead
+            terms = -(-k // (parts * tile.depth)) * tile.depth + overhead
             waves = -(-tiles * parts // slots)
             seconds = waves * tile.blocks * 2 * tile.rows * tile.columns * terms / (tile.speed * 1e12)
             if parts > 1:
@@ -175,13 +173,12 @@ def _parts_limit(shape: Shape) -> int:
 
 def scratch_bytes(shape: Shape, precision: str, multiprocessors: int) -> int:
     """What a function needs of the device memory that all kernels share: parts of a weight gradient, and sums of columns."""
-    tile, parts = (choice := choose(shape, precision, multiprocessors)).tile, choice.parts
-    weights = parts * shape.oc * shape.c if parts > 1 else 0
+    choice = choose(shape, precision, multiprocessors)
     if shape.function == "linear_backward_weight":
-        sums = parts * -(-shape.c // tile.columns) * tile.sums_of_rows if precision == "bf16" else 0
-        return 4 * max(weights + (SUM_PARTS + sums) * shape.oc, SUM_PARTS * shape.oc)
+        weights = choice.parts * shape.oc * shape.c if choice.parts > 1 else 0
+        return 4 * max(weights, SUM_PARTS * shape.oc)
     if shape.function == "linear_backward_input_gelu":
-        sums = -(-shape.n // tile.rows) * tile.warps_m if precision == "bf16" else 0
+        sums = -(-shape.n // choice.tile.rows) * choice.tile.warps_m if precision == "bf16" else 0
         return 4 * (SUM_PARTS + sums) * shape.c
     return 0
 
