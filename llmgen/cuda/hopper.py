@@ -5,17 +5,23 @@ What was measured on an H100 (measured_h100.toml) comes first; for other shapes 
 
 import functools
 import math
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 STEP = 64  # of k
 SHARED_LIMIT = 232448  # bytes of a block
-SCRATCH_LIMIT = 256 << 20  # bytes for the parts of a weight gradient
+SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
+SUM_PARTS = 64  # of the rows, for the sums of columns: as column_sums in gemm.j2
 MULTIPROCESSORS = 132
 LEAST_STEPS = 16  # of a part of k
 WEIGHT_GRADIENT = "linear_backward_weight"
+PRODUCTS = {"linear_backward_input_gelu": "gelu_input_gradient_sm90", WEIGHT_GRADIENT: "weight_gradient_sm90"}
 BY_K = {  # function -> whether k is contiguous in memory in a, and in b
     "linear_forward": (True, True),
     "linear_gelu_forward": (True, True),
@@ -47,6 +53,10 @@ class Tile:
     def tile_rows(self) -> int:
         return self.rows if self.pingpong else self.rows * self.consumers
 
+    def product(self, function: str) -> str:
+        """The C++ function that does it, up to the first template argument that is left open."""
+        return f"{PRODUCTS.get(function, 'matmul_sm90')}<{self.name}, "
+
     def shared_bytes(self, function: str) -> int:
         """As SHARED of the template, where out is bf16 in lines of 128 bytes."""
         blocks = self.columns if BY_K[function][1] else -(-self.columns // 64) * 64
@@ -57,7 +67,6 @@ class Tile:
 @dataclass(frozen=True)
 class Choice:
     tile: Tile
-    band: int = 4  # rows of tiles that are worked through together
     parts: int = 1  # of k
     apart: bool = False  # the parts are stored by themselves and summed by another kernel, instead of added in turn
 
@@ -92,13 +101,13 @@ def takes(c: int, oc: int) -> bool:
 def candidates(function: str, m: int, n: int, k: int) -> list[Choice]:
     """What is worth trying for a product (m, n) of sums of k terms."""
     if function != WEIGHT_GRADIENT:
-        return [Choice(tile, band) for tile in TILES for band in ((4, 16) if n > 8192 else (4,))]
+        return [Choice(tile) for tile in TILES]
     found = []
     for tile in WEIGHT_TILES:
         for parts in range(1, max(1, min(32, -(-k // STEP) // LEAST_STEPS)) + 1):
-            found.append(Choice(tile, 4, parts))
-            if parts > 2 and 4 * parts * m * n <= SCRATCH_LIMIT // 2:
-                found.append(Choice(tile, 4, parts, True))
+            found.append(Choice(tile, parts))
+            if parts > 2 and 4 * parts * m * n <= SCRATCH_LIMIT:
+                found.append(Choice(tile, parts, apart=True))
     return found
 
 
@@ -137,26 +146,35 @@ def choose(function: str, n: int, c: int, oc: int) -> Choice:
 @functools.cache
 def measured() -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
     """(function, c, oc) -> choices by their number of rows, fastest of those tried."""
-    table = tomllib.loads((Path(__file__).parent / "measured_h100.toml").read_text())
+    table = tomllib.loads(Path(__file__).with_name("measured_h100.toml").read_text())
     tiles = {name: Tile(**tile) for name, tile in table["tiles"].items()}
     found: dict = {}
     for row in table["products"]:
-        choice = Choice(tiles[row["tile"]], row.get("band", 4), row.get("parts", 1), row.get("apart", False))
+        choice = Choice(tiles[row["tile"]], row.get("parts", 1), row.get("apart", False))
         found.setdefault((row["function"], row["c"], row["oc"]), []).append((row["n"], choice))
     return found
 
 
-def scratch_bytes(n: int, c: int, oc: int) -> int:
-    """Of a weight gradient: its parts, if they are stored apart, and those of the bias gradient."""
-    choice = choose(WEIGHT_GRADIENT, n, c, oc)
+def scratch_bytes(function: str, n: int, c: int, oc: int) -> int:
+    """Parts of a weight gradient that are stored apart, and sums of columns."""
+    choice = choose(function, n, c, oc)
+    if function == "linear_backward_input_gelu":
+        return 4 * c * (SUM_PARTS + 4 * -(-n // choice.tile.rows))
+    if function != WEIGHT_GRADIENT:
+        return 0
     weights = choice.parts * oc * c if choice.apart else 0
     return 4 * (weights + choice.parts * -(-c // choice.tile.columns) * oc)
 
 
-def turns(choices: Iterable[tuple[int, int, Choice]]) -> int:
-    """Counters of weight gradients (oc, c) whose parts are added in turn: one for 16 rows of each tile."""
-    return max([1, *(_round_up(-(-m // 16), 16) * -(-n // x.tile.columns) for m, n, x in choices if x.parts > 1 and not x.apart)])
+def turns(function: str, n: int, c: int, oc: int) -> int:
+    """Counters: one for 16 rows of each tile of a weight gradient whose parts are added in turn."""
+    choice = choose(function, n, c, oc)
+    if function != WEIGHT_GRADIENT or choice.parts == 1 or choice.apart:
+        return 0
+    return -(-oc // 16) * -(-c // choice.tile.columns)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def options(tiles: Iterable[Tile]) -> dict:
+    """What the template needs: the tiles in use, and their widths."""
+    ordered = sorted(set(tiles), key=lambda tile: (not tile.pingpong, -tile.tile_rows, -tile.columns, tile.name))
+    return {"tiles": ordered, "columns": sorted({tile.columns for tile in ordered})}
