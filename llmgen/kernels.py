@@ -28,6 +28,7 @@ def templates(
     prelude, names = list(PRELUDE[target]), list(ops)
     if uses_wgmma(machine, precision):
         prelude[1:1] = ["cuda/ptx_sm90.j2"]
+        prelude.append("cuda/gemm_sm90.j2")
         if model and model.head_size in attention.HOPPER_HEAD_SIZES:
             names = ["attention_sm90" if name == "attention" else name for name in names]
     return list(dict.fromkeys([*prelude, *(f"{target}/ops/{name}.j2" for name in names)]))
@@ -40,14 +41,15 @@ def uses_wgmma(machine: Profile | Architecture | None, precision: str) -> bool:
 def gpu_options(plan: Plan) -> dict:
     """What the CUDA templates choose by besides: number formats and the architecture."""
     program, machine = plan.config.program, plan.profile
+    shapes, wgmma = products.shapes(plan.graph), uses_wgmma(machine, program.precision)
     return {
         "precision": program.precision,
         "residual": program.residual_precision if program.precision == "bf16" else "fp32",
         "arch": machine.name,
-        "hopper": uses_wgmma(machine, program.precision),
+        "hopper": wgmma,
         "head_size": plan.config.model.head_size,
         "least_arch": machine.least,
-        "products": products.options(products.shapes(plan.graph), program.precision, machine.multiprocessors),
+        "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma),
     }
 
 

@@ -27,8 +27,8 @@
  *     4,869,586,944  activations that the backward needs
  *     1,698,889,728  arena for all that lives shorter (at least 1,698,889,728 are alive at once)
  *            66,048  tokens, results
- *        29,540,352  scratch of the kernel that runs
- *     8,838,649,344  in all
+ *        28,311,552  scratch of the kernel that runs
+ *     8,837,420,544  in all
  *
  * Contents: sizes, tensors, basics, the GPU, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -197,7 +197,13 @@ static float *scratch;     /* partial results of the kernel that runs */
 
 /* ---- basics: errors, output, memory, time, random numbers, signals ----------------------------------------------- */
 
-static char *volatile temporary_path;  /* the file being written, if any: removed when the program fails */
+/* The file being written, if any, and one that is worthless without it: removed when the program fails. */
+static char *volatile temporary_path, *volatile companion_path;
+
+static void remove_unfinished(void) {
+    if (temporary_path) unlink(temporary_path);
+    if (companion_path) unlink(companion_path);
+}
 
 /* Ends the program with one line on stderr: what is wrong, where, what to do. */
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...) {
@@ -207,7 +213,7 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, cons
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
-    if (temporary_path) unlink(temporary_path);
+    remove_unfinished();
     exit(status);
 }
 
@@ -262,7 +268,7 @@ static volatile sig_atomic_t stop_signal;
 
 static void handle_stop(int signal_number) {
     if (stop_signal) {
-        if (temporary_path) unlink(temporary_path);
+        remove_unfinished();
         _exit(128 + signal_number);
     }
     stop_signal = signal_number;
@@ -312,9 +318,9 @@ static void *allocate_tensors(size_t bytes) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError();
         cudaMemGetInfo(&free_bytes, &total);
-        const size_t fixed = 2270172672, each = 410529792, had = free_bytes + model_bytes;
+        const size_t fixed = 2268943872, each = 410529792, had = free_bytes + model_bytes;
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
-            (size_t)8838649344, had, had > fixed + each ? (had - fixed) / each : 1);
+            (size_t)8837420544, had, had > fixed + each ? (had - fixed) / each : 1);
     }
     cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
@@ -607,6 +613,9 @@ enum {
     ROW_BLOCK = BLOCK_ROWS * ROW_THREADS,                                      /* threads of such a block */
 };
 
+/* Whether channel i belongs to a row: always, where the packs of the threads are the row exactly. */
+__device__ __forceinline__ bool in_row(int i) { return ROW_THREADS * ROW_PACKS * ROW_WIDTH == C || i < C; }
+
 static int row_blocks(int n) { return (n + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 
 /* The sum over the lanes of a warp, for each of them, in the same order always. */
@@ -710,7 +719,7 @@ __device__ __forceinline__ void store_partial(float *partial, const float (&sum)
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
         for (int j = 0; j < ROW_WIDTH; j++) {
             if (BLOCK_ROWS > 1) rows[row][i + j] = sum[k][j];
-            else if (i < c) partial[i + j] = sum[k][j];
+            else if (in_row(i)) partial[i + j] = sum[k][j];
         }
     }
     if (BLOCK_ROWS == 1) return;
@@ -945,6 +954,9 @@ static void column_sums(float *out, const Inp *inp, int n, int columns, int accu
 struct Tile128x256 {
     enum { ROWS = 128, COLUMNS = 256, DEPTH = 32, STAGES = 4, WARPS_M = 2, WARPS_N = 4, THREADS = 256, BLOCKS = 1 };
 };
+struct Tile128x128 {
+    enum { ROWS = 128, COLUMNS = 128, DEPTH = 32, STAGES = 3, WARPS_M = 2, WARPS_N = 2, THREADS = 128, BLOCKS = 2 };
+};
 
 /* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where chunk c of
  * row r lies, in bytes: exchanged within its row such that eight rows of the same chunk, which one ldmatrix reads, and eight
@@ -1020,51 +1032,22 @@ __device__ __forceinline__ int fragment_row(int lane, bool is_b) {
     return place<CHUNKS>(k8 * 8 + thread % 8, lane / 8 + lane8);
 }
 
-/* What a block does at a time: a tile of out from its row and column on, and a part of k, the steps from first to last. */
-struct Work {
-    int row, column, part, first, last;
-};
-
-/* Part by part, in each the tiles as tile_at has them. */
-template <class Tile>
-__device__ __forceinline__ Work work_at(int index, int m, int n, int k, int parts) {
-    const int rows = (m + Tile::ROWS - 1) / Tile::ROWS, columns = (n + Tile::COLUMNS - 1) / Tile::COLUMNS;
-    const unsigned steps = (k + Tile::DEPTH - 1) / Tile::DEPTH;
-    Work work;
-    work.part = index / (rows * columns);
-    tile_at(&work.row, &work.column, index - work.part * rows * columns, rows, columns);
-    work.row *= Tile::ROWS;
-    work.column *= Tile::COLUMNS;
-    work.first = (int)(steps * work.part / parts);
-    work.last = (int)(steps * (work.part + 1) / parts);
-    return work;
-}
-
 /* Asks for the values that the epilogue will add or multiply by: they reach the L2 cache while the sums are made. */
 template <class Tile, class Extra>
-__device__ __forceinline__ void prefetch_extra(const Extra *extra, Work work, int m, int n) {
+__device__ __forceinline__ void prefetch_extra(const Extra *extra, int row0, int column0, int m, int n) {
     constexpr int LINE = 128 / sizeof(Extra), LINES = Tile::COLUMNS / LINE;
 #pragma unroll
     for (int i = (int)threadIdx.x; i < Tile::ROWS * LINES; i += Tile::THREADS) {
-        const int row = work.row + i / LINES, column = work.column + i % LINES * LINE;
+        const int row = row0 + i / LINES, column = column0 + i % LINES * LINE;
         if (row < m && column < n) prefetch_l2(extra + (size_t)row * n + column);
     }
 }
 
-/* What is summed besides, where sums is not NULL, as rows of partial sums in the order of the tiles; how many rows a tile makes.
- * WEIGHT_GRADIENT: each row of a, (rows, m); the tiles side by side each add up their share of the steps.
- * TIMES_GELU_GRADIENT: each column of out, (rows, n). */
-template <class Tile, int LAYOUT>
-struct Sums {
-    enum { ROWS = LAYOUT == WEIGHT_GRADIENT ? Tile::THREADS * 2 / Tile::ROWS : Tile::WARPS_M };
-};
-
-/* out (m, n) = a . b, then the epilogue; `parts` parts of it, each a sum over a share of k, m * n further on than the one before.
- * As many blocks as fit on the device at once take tile after tile. The operands of the next one are on their way while the
- * epilogue of the last one runs. */
+/* out (m, n) = a . b, then the epilogue. Grid: (tiles, parts); a part sums its share of k into its own out, m * n further on.
+ * sums, with TIMES_GELU_GRADIENT, (WARPS_M * rows of tiles, n) or NULL: partial sums of the columns of out. */
 template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
-    matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts,
+    matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k,
                   float *sums) {
     constexpr int ROWS = Tile::ROWS, COLUMNS = Tile::COLUMNS, DEPTH = Tile::DEPTH, STAGES = Tile::STAGES;
     constexpr bool A_BY_K = LAYOUT != WEIGHT_GRADIENT, B_BY_K = LAYOUT == FORWARD;
@@ -1074,149 +1057,114 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     static_assert(K16 % 2 == 0 && HIGH % 16 == 0 && (WIDE == 32 || WIDE == 64), "");
     extern __shared__ __align__(128) unsigned char shared[];
 
-    const int units = ((m + ROWS - 1) / ROWS) * ((n + COLUMNS - 1) / COLUMNS) * parts;
+    const int tile_rows = (m + ROWS - 1) / ROWS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
+    const int steps = (k + DEPTH - 1) / DEPTH;
+    const int first = (int)((long long)steps * blockIdx.y / gridDim.y), last = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+    int tile_row, tile_column;
+    tile_at(&tile_row, &tile_column, (int)blockIdx.x, tile_rows, tile_columns);
+    const int row0 = tile_row * ROWS, column0 = tile_column * COLUMNS;
     const int warp = (int)threadIdx.x / 32, thread = (int)threadIdx.x % 32;
     const int warp_row = warp / Tile::WARPS_N * HIGH, warp_column = warp % Tile::WARPS_N * WIDE;
     const int a_at = fragment_row<A_BY_K, ROWS, DEPTH>(warp_row, false);
     const int b_at = fragment_row<B_BY_K, COLUMNS, DEPTH>(warp_column, true);
     const uint32_t stages = shared_address(shared);
 
-    /* What is fetched next: STAGES - 1 steps ahead of what is multiplied. */
-    int ahead = (int)blockIdx.x, end = k; /* end: 0 when nothing is left to be fetched */
-    Work fetched = work_at<Tile>(ahead, m, n, k, parts);
-    const bf16 *a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, fetched.row, m, fetched.first * DEPTH, k);
-    const bf16 *b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, fetched.column, n, fetched.first * DEPTH, k);
-    auto choose_next = [&]() {
-        while (end > 0 && fetched.first >= fetched.last) {
-            ahead += (int)gridDim.x;
-            fetched = work_at<Tile>(ahead, m, n, k, parts);
-            a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, fetched.row, m, fetched.first * DEPTH, k);
-            b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, fetched.column, n, fetched.first * DEPTH, k);
-            if (ahead >= units) end = 0;
-        }
-    };
-    auto fetch_next = [&](int stage) {
+    float sum[M16][2 * N16][4] = {};
+    uint32_t a_fragment[2][M16][4], b_fragment[2][N16][4]; /* of these 16 of k, and of the next */
+
+    const int end = min(last * DEPTH, k);
+    const bf16 *a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, row0, m, first * DEPTH, k);
+    const bf16 *b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, column0, n, first * DEPTH, k);
+    auto fetch_step = [&](int step, int stage) { /* beyond the last one: zeros, so that the loop needs no branch */
         unsigned char *to = shared + stage * STAGE_BYTES;
-        const int k0 = fetched.first++ * DEPTH;
-        fetch<A_BY_K, ROWS, DEPTH, Tile::THREADS, ALIGNED>(to, a_next, fetched.row, m, k0, end, k);
-        fetch<B_BY_K, COLUMNS, DEPTH, Tile::THREADS, ALIGNED>(to + A_BYTES, b_next, fetched.column, n, k0, end, k);
+        fetch<A_BY_K, ROWS, DEPTH, Tile::THREADS, ALIGNED>(to, a_next, row0, m, step * DEPTH, end, k);
+        fetch<B_BY_K, COLUMNS, DEPTH, Tile::THREADS, ALIGNED>(to + A_BYTES, b_next, column0, n, step * DEPTH, end, k);
         cp_async_commit();
     };
 
-    uint32_t a_fragment[2][M16][4], b_fragment[2][N16][4]; /* of these 16 of k, and of the next */
-    for (int i = 0; i < STAGES - 1; i++) {
-        choose_next();
-        fetch_next(i);
-    }
+    for (int i = 0; i < STAGES - 1; i++) fetch_step(first + i, i);
+    if (sizeof(Extra) == 2 && then.extra) prefetch_extra<Tile>(then.extra, row0, column0, m, n); /* floats are too many for the L2 */
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[0], stages, a_at, 0);
     load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[0], stages + A_BYTES, b_at, 0);
-    int stage = 0, last_stage = STAGES - 1; /* which is multiplied, and which was before it: free to be filled */
-    for (int index = (int)blockIdx.x; index < units; index += (int)gridDim.x) {
-        const Work work = work_at<Tile>(index, m, n, k, parts);
-        if (then.extra) prefetch_extra<Tile>(then.extra, work, m, n);
-        float sum[M16][2 * N16][4] = {};
-        /* Two neighbouring rows of a are summed by each thread, over the k of its group in the steps of this tile's share. */
-        constexpr int GROUP_K = DEPTH / (Tile::THREADS * 2 / ROWS);
-        const int pair = (int)threadIdx.x % (ROWS / 2), group = (int)threadIdx.x / (ROWS / 2);
-        const int tile_column = work.column / COLUMNS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
-        float of_a[2] = {};
-        int summed = 0, last_summed = 0; /* no step */
-        if (LAYOUT == WEIGHT_GRADIENT && sums) {
-            const unsigned steps = work.last - work.first;
-            summed = work.first + (int)(steps * tile_column / tile_columns);
-            last_summed = work.first + (int)(steps * (tile_column + 1) / tile_columns);
-        }
-        for (int step = work.first; step < work.last; step++) {
-            choose_next();
-            if (LAYOUT == WEIGHT_GRADIENT && step >= summed && step < last_summed) {
-                const unsigned char *from = shared + stage * STAGE_BYTES;
+    int stage = 0, next_fetched = STAGES - 1;
+    for (int step = first; step < last; step++) {
 #pragma unroll
-                for (int i = 0; i < GROUP_K; i++) {
-                    const uint32_t two = *(const uint32_t *)(from + place<ROWS / 8>(group * GROUP_K + i, pair / 4) + pair % 4 * 4);
-                    of_a[0] += __uint_as_float(two << 16);
-                    of_a[1] += __uint_as_float(two & 0xffff0000u);
-                }
+        for (int k16 = 0; k16 < K16; k16++) {
+            if (k16 == K16 - 1) { /* the last fragments of this stage are in registers: it may be filled again */
+                cp_async_wait<STAGES - 2>();
+                __syncthreads();
+                stage = stage + 1 == STAGES ? 0 : stage + 1;
+            }
+            const uint32_t from = stages + stage * STAGE_BYTES;
+            const int next = (k16 + 1) % 2, at16 = (k16 + 1) % K16;
+            load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[next], from, a_at, at16);
+            load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[next], from + A_BYTES, b_at, at16);
+            if (k16 == 0) {
+                fetch_step(step + STAGES - 1, next_fetched);
+                next_fetched = next_fetched + 1 == STAGES ? 0 : next_fetched + 1;
             }
 #pragma unroll
-            for (int k16 = 0; k16 < K16; k16++) {
-                if (k16 == K16 - 1) { /* the last fragments of this stage are in registers */
-                    cp_async_wait<STAGES - 2>();
-                    __syncthreads();
-                    last_stage = stage;
-                    stage = stage + 1 == STAGES ? 0 : stage + 1;
+            for (int i = 0; i < M16; i++)
+#pragma unroll
+                for (int j = 0; j < 2 * N16; j++) {
+                    const uint32_t(&b16)[4] = b_fragment[k16 % 2][j / 2];
+                    mma_bf16(sum[i][j], a_fragment[k16 % 2][i], b16[j % 2 * 2], b16[j % 2 * 2 + 1]);
                 }
-                const uint32_t from = stages + stage * STAGE_BYTES;
-                const int next = (k16 + 1) % 2, at16 = (k16 + 1) % K16;
-                load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[next], from, a_at, at16);
-                load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[next], from + A_BYTES, b_at, at16);
-                if (k16 == 0) fetch_next(last_stage);
-#pragma unroll
-                for (int i = 0; i < M16; i++)
-#pragma unroll
-                    for (int j = 0; j < 2 * N16; j++) {
-                        const uint32_t(&b16)[4] = b_fragment[k16 % 2][j / 2];
-                        mma_bf16(sum[i][j], a_fragment[k16 % 2][i], b16[j % 2 * 2], b16[j % 2 * 2 + 1]);
-                    }
-            }
         }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
 
-        /* Sums lie two by two, scattered over the rows. Eight rows at a time they go through the free stage of shared memory (rows
-         * there are shifted by eight banks each), after which a warp holds whole rows, four columns in a thread. */
-        constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 8 * QUADS / 32;
-        static_assert(8 * PITCH * 4 * (Tile::THREADS / 32) <= STAGE_BYTES, "");
-        float *mine = (float *)(shared + last_stage * STAGE_BYTES) + warp * 8 * PITCH;
-        const int column = work.column + warp_column + thread % QUADS * 4, count = n - column;
-        const size_t part = (size_t)work.part * (size_t)m * (size_t)n;
-        float bias[4] = {}, of_out[4] = {};
-        if (then.bias && count > 0) load_four<ALIGNED>(bias, then.bias + column, count);
+    /* Sums lie two by two, scattered over the rows. Sixteen rows at a time they go through shared memory (whose rows are shifted
+     * by eight banks each), after which a warp holds whole rows, four columns in a thread. */
+    constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 16 * QUADS / 32;
+    static_assert(16 * PITCH * 4 * (Tile::THREADS / 32) <= STAGES * STAGE_BYTES, "");
+    float *mine = (float *)shared + warp * 16 * PITCH;
+    const int column = column0 + warp_column + thread % QUADS * 4, count = n - column;
+    float bias[4] = {}, of_out[4] = {};
+    then.out += (size_t)blockIdx.y * (size_t)m * (size_t)n;
+    if (then.bias && count > 0) load_four<ALIGNED>(bias, then.bias + column, count);
 #pragma unroll
-        for (int i = 0; i < 2 * M16; i++) {
-            const int row = work.row + warp_row + i * 8 + thread / QUADS;
-            float extra[TURNS][4] = {};
-            if (then.extra && count > 0) {
-#pragma unroll
-                for (int turn = 0; turn < TURNS; turn++) {
-                    const int r = row + turn * (32 / QUADS);
-                    if (r < m) load_four<ALIGNED>(extra[turn], then.extra + (size_t)r * n + column, count);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 2 * N16; j++)
-                *(float2 *)(mine + thread / 4 * PITCH + j * 8 + thread % 4 * 2) =
-                    make_float2(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
-            __syncwarp();
+    for (int i = 0; i < M16; i++) {
+        const int row = row0 + warp_row + i * 16 + thread / QUADS;
+        float extra[TURNS][4] = {};
+        if (then.extra && count > 0) {
 #pragma unroll
             for (int turn = 0; turn < TURNS; turn++) {
                 const int r = row + turn * (32 / QUADS);
-                float four[4];
-                load_four<true>(four, mine + (turn * (32 / QUADS) + thread / QUADS) * PITCH + thread % QUADS * 4, 4);
-                if (r < m && count > 0) {
-                    finish<THEN, ALIGNED>(then, part + (size_t)r * n + column, count, four, bias, extra[turn]);
-#pragma unroll
-                    for (int c = 0; c < 4 && THEN == TIMES_GELU_GRADIENT; c++) of_out[c] += four[c];
-                }
+                if (r < m) load_four<ALIGNED>(extra[turn], then.extra + (size_t)r * n + column, count);
             }
-            __syncwarp();
         }
-        if (LAYOUT == WEIGHT_GRADIENT && sums) {
-            const int row = work.row + pair * 2;
-            float *to = sums + ((size_t)(work.part * tile_columns + tile_column) * Sums<Tile, LAYOUT>::ROWS + group) * m + row;
-            if (row < m) to[0] = of_a[0];
-            if (row + 1 < m) to[1] = of_a[1];
-        }
-        if (THEN == TIMES_GELU_GRADIENT && sums) {
 #pragma unroll
-            for (int lane = 16; lane >= QUADS; lane /= 2)
+        for (int j = 0; j < 2 * N16; j++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) of_out[c] += __shfl_xor_sync(0xffffffff, of_out[c], lane);
-            const size_t to = (size_t)(work.row / ROWS * Tile::WARPS_M + warp / Tile::WARPS_N) * n + column;
-            if (thread < QUADS && count > 0) store_four<ALIGNED>(sums + to, of_out, count);
+            for (int half = 0; half < 2; half++)
+                *(float2 *)(mine + (half * 8 + thread / 4) * PITCH + j * 8 + thread % 4 * 2) =
+                    make_float2(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
+        __syncwarp();
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int r = row + turn * (32 / QUADS);
+            float four[4];
+            load_four<true>(four, mine + (turn * (32 / QUADS) + thread / QUADS) * PITCH + thread % QUADS * 4, 4);
+            if (r < m && count > 0) {
+                finish<THEN, ALIGNED>(then, (size_t)r * n + column, count, four, bias, extra[turn]);
+#pragma unroll
+                for (int c = 0; c < 4 && THEN == TIMES_GELU_GRADIENT; c++) of_out[c] += four[c];
+            }
         }
-        __syncthreads(); /* the stage may be filled again */
+        __syncwarp();
     }
-    cp_async_wait<0>();
+    if (THEN == TIMES_GELU_GRADIENT && sums) {
+#pragma unroll
+        for (int lane = 16; lane >= QUADS; lane /= 2)
+#pragma unroll
+            for (int c = 0; c < 4; c++) of_out[c] += __shfl_xor_sync(0xffffffff, of_out[c], lane);
+        const size_t to = (size_t)(tile_row * Tile::WARPS_M + warp / Tile::WARPS_N) * n + column;
+        if (thread < QUADS && count > 0) store_four<ALIGNED>(sums + to, of_out, count);
+    }
 }
 
 /* ALIGNED: the rows of every matrix are multiples of 16 bytes. */
@@ -1224,11 +1172,10 @@ template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra
 static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts = 1,
                    float *sums = NULL) {
     constexpr int SHARED = Tile::STAGES * (Tile::ROWS + Tile::COLUMNS) * Tile::DEPTH * 2;
-    const int units = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS) * parts;
-    const int blocks = min(units, multiprocessors() * Tile::BLOCKS);
+    const int tiles = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS);
     cudaCheck(cudaFuncSetAttribute(matmul_kernel<Tile, LAYOUT, THEN, ALIGNED, Out, Extra>,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<blocks, Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, parts, sums);
+    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<dim3(tiles, parts), Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, sums);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1239,7 +1186,7 @@ static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const
     const Epilogue<bf16, bf16> then = {dinp, NULL, NULL, pre};
     float *sums = dsum ? scratch + SUM_PARTS * (size_t)c : NULL;
     matmul<Tile, INPUT_GRADIENT, TIMES_GELU_GRADIENT, ALIGNED>(then, dout, weight, n, c, oc, 1, sums);
-    const int rows = (n + Tile::ROWS - 1) / Tile::ROWS * Sums<Tile, INPUT_GRADIENT>::ROWS;
+    const int rows = (n + Tile::ROWS - 1) / Tile::ROWS * Tile::WARPS_M;
     if (dsum) column_sums(dsum, sums, rows, c, accumulate);
 }
 
@@ -1248,13 +1195,10 @@ static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const
 template <class Tile, bool ALIGNED>
 static void weight_gradient(float *dweight, float *dbias, const bf16 *dout, const bf16 *inp, int n, int c, int oc,
                             int accumulate, int parts) {
-    const size_t weights = parts > 1 ? (size_t)parts * (size_t)oc * (size_t)c : 0;
     const Epilogue<float, float> then = {parts > 1 ? scratch : dweight, NULL, NULL, parts == 1 && accumulate ? dweight : NULL};
-    float *sums = dbias ? scratch + weights + SUM_PARTS * (size_t)oc : NULL;
-    matmul<Tile, WEIGHT_GRADIENT, ADD, ALIGNED>(then, dout, inp, oc, c, n, parts, sums);
+    matmul<Tile, WEIGHT_GRADIENT, ADD, ALIGNED>(then, dout, inp, oc, c, n, parts);
     if (parts > 1) sum_parts(dweight, parts, (size_t)oc * (size_t)c, accumulate);
-    const int rows = parts * ((c + Tile::COLUMNS - 1) / Tile::COLUMNS) * Sums<Tile, WEIGHT_GRADIENT>::ROWS;
-    if (dbias) column_sums(dbias, sums, rows, oc, accumulate);
+    if (dbias) column_sums(dbias, dout, n, oc, accumulate);
 }
 
 /* ---- token embedding: out[i] = wte[tokens[i]] -------------------------------------------------------------------- */
@@ -1266,7 +1210,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) token_embedding_kernel(floatR *out,
     const floatX *w = wte + (size_t)tokens[row] * c;
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i >= c) break;
+        if (!in_row(i)) break;
         const Pack<floatX, ROW_WIDTH> x = load_pack<ROW_WIDTH>(w + i);
         Pack<floatR, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++) y.at[j] = (floatR)(float)x.at[j];
@@ -1281,77 +1225,77 @@ static void token_embedding_forward(floatR *out,                            /* (
     cudaCheck(cudaGetLastError());
 }
 
-/* dwte[tokens[i]] += dout[i], each row summed in the order of i. First the indices i are sorted by their tokens, equal tokens
- * in their order, by one block. Then a block sums the rows of SPAN sorted indices, and adds them to dwte where it has all
- * rows of a token. Where a token's rows go on in the spans that follow, each leaves its part in scratch, and the block of the
- * span in which they begin adds these up. */
+/* dwte[tokens[i]] += dout[i], each row summed in the order of i. First the indices i are sorted by their tokens, equal tokens in
+ * their order. Then a block sums the rows of SPAN sorted indices, and adds them to dwte where it has all rows of a token. Where
+ * a token's rows go on in the spans that follow, each leaves its part in scratch, and the block of the span in which they begin
+ * adds these up. */
 enum {
-    SORT_WARPS = 32,
-    SORT_BITS = 8,    /* of the tokens by which one pass sorts */
-    SORT_LOADS = 8,   /* indices that a thread has under way */
-    SPAN = 32,        /* sorted indices that a block sums */
-    SPAN_LOADS = 8,
-    EMBEDDING_BLOCK = ROW_THREADS < 256 ? ROW_THREADS * ROW_PACKS < 256 ? ROW_THREADS * ROW_PACKS : 256 : 256,
+    SORT_THREADS = 1024, /* a thread sorts an index */
+    SORT_BITS = 8,       /* of the tokens by which one pass sorts */
+    BINS = 1 << SORT_BITS,
+    SPAN = 64, /* sorted indices that a block sums */
+    SPAN_LOADS = 4,
+    EMBEDDING_BLOCK = ROW_THREADS * ROW_PACKS < 256 ? ROW_THREADS * ROW_PACKS : 256,
 };
 
-/* One pass of the sort: to = the indices of `from`, ordered by the SORT_BITS bits of their tokens from `shift` on. Without `from`
- * they are 0 to n - 1. Each warp takes a run of neighbours; a bin is a value of the bits. */
-__global__ void __launch_bounds__(32 * SORT_WARPS) sort_indices_kernel(int *to, const int *from, const int *tokens, int n,
-                                                                       int shift) {
-    enum { BINS = 1 << SORT_BITS };
-    __shared__ int starts[SORT_WARPS][BINS]; /* first how many a warp has for a bin, then where its next one goes */
-    __shared__ int totals[BINS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int run = (n + 32 * SORT_WARPS - 1) / (32 * SORT_WARPS) * 32; /* of a warp */
-    const int begin = warp * run < n ? warp * run : n, end = begin + run < n ? begin + run : n;
-    for (int bin = lane; bin < BINS; bin += 32) starts[warp][bin] = 0;
+/* One pass of the sort makes `to` of `from`: the same indices, ordered by the SORT_BITS bits of their tokens from `shift` on, which
+ * are the bin; of equal ones the earlier stays the earlier. Without `from` they are 0 to n - 1. First: how many of the indices of
+ * each block fall in each bin. */
+__global__ void __launch_bounds__(SORT_THREADS) count_bins_kernel(int *counts, const int *from, const int *tokens, int n,
+                                                                  int shift) { /* counts (blocks, BINS) */
+    __shared__ int bins[BINS];
+    const int i = blockIdx.x * SORT_THREADS + threadIdx.x;
+    if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+    __syncthreads();
+    if (i < n) atomicAdd(&bins[tokens[from ? from[i] : i] >> shift & (BINS - 1)], 1); /* integers: in any order the same */
+    __syncthreads();
+    if (threadIdx.x < BINS) counts[blockIdx.x * BINS + threadIdx.x] = bins[threadIdx.x];
+}
+
+/* Then each block knows where its indices go: behind those of lower bins, and behind those of its own bin in earlier blocks, in
+ * earlier warps, in lower lanes. */
+__global__ void __launch_bounds__(SORT_THREADS) sort_indices_kernel(int *to, const int *from, const int *tokens, const int *counts,
+                                                                    int n, int shift) {
+    __shared__ int starts[SORT_THREADS / 32][BINS]; /* first how many a warp has for a bin, then where they go */
+    __shared__ int sums[BINS / 32];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, i = blockIdx.x * SORT_THREADS + thread;
+    const int index = i >= n ? -1 : from ? from[i] : i, bin = i < n ? tokens[index] >> shift & (BINS - 1) : -1;
+    for (int b = lane; b < BINS; b += 32) starts[warp][b] = 0;
     __syncwarp();
-    for (int first = begin; first < end; first += 32 * SORT_LOADS) {
-        int bins[SORT_LOADS];
-        for (int j = 0; j < SORT_LOADS; j++) {
-            const int i = first + 32 * j + lane;
-            bins[j] = i < end ? tokens[from ? from[i] : i] >> shift & (BINS - 1) : -1;
+    unsigned peers = __ballot_sync(0xffffffff, i < n); /* the lanes with the same bin */
+    for (int bit = 0; bit < SORT_BITS; bit++) {
+        const unsigned ones = __ballot_sync(0xffffffff, bin >> bit & 1);
+        peers &= bin >> bit & 1 ? ones : ~ones;
+    }
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    if (i < n && rank == 0) starts[warp][bin] = __popc(peers);
+    int earlier = 0, all = 0, up_to = 0; /* indices of bin `thread`: in earlier blocks, in all; those of all bins up to it */
+    if (thread < BINS) {
+#pragma unroll 8
+        for (int b = 0; b < (int)gridDim.x; b++) {
+            const int count = counts[b * BINS + thread];
+            earlier += b < (int)blockIdx.x ? count : 0;
+            all += count;
         }
-        for (int j = 0; j < SORT_LOADS; j++)
-            if (bins[j] >= 0) atomicAdd(&starts[warp][bins[j]], 1); /* integers: any order gives the same */
+        up_to = all;
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int lower = __shfl_up_sync(0xffffffff, up_to, distance);
+            if (lane >= distance) up_to += lower;
+        }
+        if (lane == 31) sums[warp] = up_to;
     }
     __syncthreads();
-    if (threadIdx.x < BINS) {
-        int total = 0;
-        for (int w = 0; w < SORT_WARPS; w++) {
-            const int count = starts[w][threadIdx.x];
-            starts[w][threadIdx.x] = total;
-            total += count;
+    if (thread < BINS) {
+        int start = up_to - all + earlier;
+        for (int w = 0; w < warp; w++) start += sums[w];
+        for (int w = 0; w < SORT_THREADS / 32; w++) {
+            const int count = starts[w][thread];
+            starts[w][thread] = start;
+            start += count;
         }
-        totals[threadIdx.x] = total;
     }
     __syncthreads();
-    for (int bin = lane; bin < BINS; bin += 32) {
-        int before = 0;
-        for (int b = 0; b < bin; b++) before += totals[b];
-        starts[warp][bin] += before;
-    }
-    __syncwarp();
-    for (int first = begin; first < end; first += 32 * SORT_LOADS) {
-        int indices[SORT_LOADS], bins[SORT_LOADS];
-        for (int j = 0; j < SORT_LOADS; j++) {
-            const int i = first + 32 * j + lane;
-            indices[j] = i < end ? from ? from[i] : i : -1;
-            bins[j] = i < end ? tokens[indices[j]] >> shift & (BINS - 1) : -1;
-        }
-        for (int j = 0; j < SORT_LOADS; j++) {
-            unsigned peers = __ballot_sync(0xffffffff, bins[j] >= 0); /* lanes with the same bin */
-            for (int bit = 0; bit < SORT_BITS; bit++) {
-                const unsigned ones = __ballot_sync(0xffffffff, bins[j] >> bit & 1);
-                peers &= bins[j] >> bit & 1 ? ones : ~ones;
-            }
-            const int rank = __popc(peers & ((1u << lane) - 1));
-            if (bins[j] >= 0) to[starts[warp][bins[j]] + rank] = indices[j];
-            __syncwarp();
-            if (bins[j] >= 0 && rank == 0) starts[warp][bins[j]] += __popc(peers);
-            __syncwarp();
-        }
-    }
+    if (i < n) to[starts[warp][bin] + rank] = index;
 }
 
 /* Span s: SPAN sorted indices. parts (spans, 2, c): [s][0] is the sum of the rows that go on from the span before, [s][1] of
@@ -1408,10 +1352,12 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(
     }
     for (int i = threadIdx.x * ROW_WIDTH; i < c; i += EMBEDDING_BLOCK * ROW_WIDTH) {
         Pack<float, ROW_WIDTH> sum = load_pack<ROW_WIDTH>(parts + ((size_t)span * 2 + 1) * c + i);
-#pragma unroll 8
-        for (int s = span + 1; s <= low / SPAN; s++) {
-            const Pack<float, ROW_WIDTH> part = load_pack<ROW_WIDTH>(parts + (size_t)s * 2 * c + i);
-            for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += part.at[j];
+        for (int s = span + 1; s <= low / SPAN; s += SPAN_LOADS) {
+            Pack<float, ROW_WIDTH> part[SPAN_LOADS] = {};
+            for (int k = 0; k < SPAN_LOADS; k++)
+                if (s + k <= low / SPAN) part[k] = load_pack<ROW_WIDTH>(parts + (size_t)(s + k) * 2 * c + i);
+            for (int k = 0; k < SPAN_LOADS; k++)
+                for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += part[k].at[j];
         }
         float *out = dwte + (size_t)token * c + i;
         const Pack<float, ROW_WIDTH> d = load_pack<ROW_WIDTH>(out);
@@ -1423,21 +1369,21 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(
 static void token_embedding_backward(float *dwte,                            /* (rows, c) */
                                      const floatR *dout, const int *tokens, /* (n, c), (n) */
                                      int rows, int n, int c, int accumulate) {
-    const int spans = (n + SPAN - 1) / SPAN;
-    int *order = (int *)scratch, *other = order + (n + 63) / 64 * 64;
-    float *parts = (float *)other + (n + 63) / 64 * 64; /* (spans, 2, c) */
+    const int spans = (n + SPAN - 1) / SPAN, sorters = (n + SORT_THREADS - 1) / SORT_THREADS, room = (n + 63) / 64 * 64;
+    int *orders[2] = {(int *)scratch, (int *)scratch + room}, *counts = orders[1] + room; /* (n) each, (sorters, BINS) */
+    float *parts = (float *)(counts + sorters * BINS);                                   /* (spans, 2, c) */
+    const int *order = NULL;
     if (!accumulate) cudaCheck(cudaMemsetAsync(dwte, 0, (size_t)rows * c * sizeof(float), stream));
-    const int *from = NULL;
-    for (int shift = 0; shift == 0 || (rows - 1) >> shift > 0; shift += SORT_BITS) {
-        sort_indices_kernel<<<1, 32 * SORT_WARPS, 0, stream>>>(order, from, tokens, n, shift);
+    for (int pass = 0; pass == 0 || (rows - 1) >> SORT_BITS * pass > 0; pass++) {
+        count_bins_kernel<<<sorters, SORT_THREADS, 0, stream>>>(counts, order, tokens, n, SORT_BITS * pass);
         cudaCheck(cudaGetLastError());
-        from = order;
-        order = other;
-        other = (int *)from;
+        sort_indices_kernel<<<sorters, SORT_THREADS, 0, stream>>>(orders[pass % 2], order, tokens, counts, n, SORT_BITS * pass);
+        cudaCheck(cudaGetLastError());
+        order = orders[pass % 2];
     }
-    token_embedding_backward_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, dout, tokens, from, n, c);
+    token_embedding_backward_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, dout, tokens, order, n, c);
     cudaCheck(cudaGetLastError());
-    token_embedding_parts_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, tokens, from, n, c);
+    token_embedding_parts_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, tokens, order, n, c);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1450,7 +1396,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) position_embedding_kernel(floatR *o
     const size_t at = (size_t)row * c, position = (size_t)(row % t) * c;
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i >= c) break;
+        if (!in_row(i)) break;
         Pack<floatR, ROW_WIDTH> x = load_pack<ROW_WIDTH>(inp + at + i);
         const Pack<floatX, ROW_WIDTH> p = load_pack<ROW_WIDTH>(wpe + position + i);
         for (int j = 0; j < ROW_WIDTH; j++) x.at[j] = (floatR)((float)x.at[j] + (float)p.at[j]);
@@ -1502,7 +1448,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) layernorm_forward_kernel(floatX *ou
     Pack<floatR, ROW_WIDTH> x[ROW_PACKS] = {};
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i < c) x[k] = load_pack<ROW_WIDTH>(inp + at + i);
+        if (in_row(i)) x[k] = load_pack<ROW_WIDTH>(inp + at + i);
     }
     float sum[1] = {0.0f}, squares[1] = {0.0f};
     for (int k = 0; k < ROW_PACKS; k++)
@@ -1510,14 +1456,14 @@ __global__ void __launch_bounds__(ROW_BLOCK) layernorm_forward_kernel(floatX *ou
     row_sums(sum);
     const float m = sum[0] / c;
     for (int k = 0; k < ROW_PACKS; k++) {
-        if ((k * ROW_THREADS + thread) * ROW_WIDTH >= c) break;
+        if (!in_row((k * ROW_THREADS + thread) * ROW_WIDTH)) break;
         for (int j = 0; j < ROW_WIDTH; j++) squares[0] += ((float)x[k].at[j] - m) * ((float)x[k].at[j] - m);
     }
     row_sums(squares);
     const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON);
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i >= c) break;
+        if (!in_row(i)) break;
         const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i), b = load_pack<ROW_WIDTH>(bias + i);
         Pack<floatX, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++)
@@ -1542,49 +1488,54 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, /* (n, c), 
  * On request also dsum += dinp, summed over the rows (what lies below reads dinp as its dout: this is the gradient of its bias),
  * and dinp rounded to floatX. A block has every gridDim.x-th of its groups of BLOCK_ROWS rows, and of each row reads all tensors
  * once. */
+template <bool ADDEND>
 __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_kernel(
     floatR *dinp, floatX *dinp_copy, float *partial, const floatX *dout, const floatR *inp, const float *mean, const float *rstd,
     const floatX *weight, const floatR *addend, int n, int c, bool make_dsum) {
     const int thread = threadIdx.x % ROW_THREADS;
+    const float per_channel = 1.0f / c;
+    Pack<floatX, ROW_WIDTH> w[ROW_PACKS] = {};
+    for (int k = 0; k < ROW_PACKS; k++) {
+        const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
+        if (in_row(i)) w[k] = load_pack<ROW_WIDTH>(weight + i);
+    }
     float dweight[ROW_PACKS][ROW_WIDTH] = {};
     float dbias[ROW_PACKS][ROW_WIDTH] = {};
     float dsum[ROW_PACKS][ROW_WIDTH] = {};
     for (int row = blockIdx.x * BLOCK_ROWS + threadIdx.x / ROW_THREADS; row < n; row += gridDim.x * BLOCK_ROWS) {
         const size_t at = (size_t)row * c;
+        const float m = mean[row], s = rstd[row];
         Pack<floatX, ROW_WIDTH> g[ROW_PACKS] = {};
         Pack<floatR, ROW_WIDTH> x[ROW_PACKS] = {}, before[ROW_PACKS] = {};
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-            if (i >= c) break;
+            if (!in_row(i)) break;
             g[k] = load_pack<ROW_WIDTH>(dout + at + i);
             x[k] = load_pack<ROW_WIDTH>(inp + at + i);
-            if (addend) before[k] = load_pack<ROW_WIDTH>(addend + at + i);
+            if (ADDEND) before[k] = load_pack<ROW_WIDTH>(addend + at + i);
         }
-        const float m = mean[row], s = rstd[row];
         float sums[2] = {0.0f, 0.0f}; /* of g and of g * xhat */
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-            if (i >= c) break;
-            const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i);
+            if (!in_row(i)) break;
             for (int j = 0; j < ROW_WIDTH; j++) {
                 const float d = (float)g[k].at[j], xhat = ((float)x[k].at[j] - m) * s;
                 dweight[k][j] += d * xhat;
                 dbias[k][j] += d;
-                sums[0] += d * (float)w.at[j];
-                sums[1] += d * (float)w.at[j] * xhat;
+                sums[0] += d * (float)w[k].at[j];
+                sums[1] += d * (float)w[k].at[j] * xhat;
             }
         }
         row_sums(sums);
-        const float mean_g = sums[0] / c, mean_dot = sums[1] / c;
+        const float mean_g = sums[0] * per_channel, mean_dot = sums[1] * per_channel;
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-            if (i >= c) break;
-            const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i);
+            if (!in_row(i)) break;
             Pack<floatR, ROW_WIDTH> out;
             Pack<floatX, ROW_WIDTH> copy;
             for (int j = 0; j < ROW_WIDTH; j++) {
                 const float xhat = ((float)x[k].at[j] - m) * s;
-                const float d = (float)before[k].at[j] + s * ((float)g[k].at[j] * (float)w.at[j] - mean_g - xhat * mean_dot);
+                const float d = (float)before[k].at[j] + s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot);
                 out.at[j] = (floatR)d;
                 copy.at[j] = (floatX)d;
                 dsum[k][j] += d;
@@ -1607,8 +1558,8 @@ static void layernorm_backward(floatR *dinp, float *dweight, float *dbias, /* (n
                                int n, int c, int accumulate,
                                float *dsum = NULL, floatX *dinp_copy = NULL) { /* (c), (n, c) */
     const int blocks = partial_blocks(n);
-    layernorm_backward_kernel<<<blocks, ROW_BLOCK, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd,
-                                                                weight, addend, n, c, dsum != NULL);
+    const auto kernel = addend ? layernorm_backward_kernel<true> : layernorm_backward_kernel<false>;
+    kernel<<<blocks, ROW_BLOCK, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd, weight, addend, n, c, dsum != NULL);
     cudaCheck(cudaGetLastError());
     sum_partials(dweight, dbias, dsum, blocks, c, accumulate);
 }
@@ -1647,7 +1598,7 @@ static void linear_backward_input_gelu(floatX *dinp,                            
                                        const floatX *dout, const floatX *weight, /* (n, oc), (oc, c) */
                                        const floatX *pre,                        /* (n, c) */
                                        int n, int c, int oc, float *dsum = NULL, int accumulate = 0) { /* dsum (c) */
-    gelu_input_gradient<Tile128x256, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
+    gelu_input_gradient<Tile128x128, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
 }
 
 /* dweight += dout^T . inp; dbias += the sum of dout over the rows. The last argument: in how many parts the rows are summed, where
@@ -2401,7 +2352,7 @@ static void point_parameters(Parameters<Value> *p, Value *memory) {
     for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
-/* All memory of the GPU that the program ever uses: 8,838,649,344 bytes. */
+/* All memory of the GPU that the program ever uses: 8,837,420,544 bytes. */
 static void allocate_model(void) {
     params_memory = (floatX *)allocate_tensors(248951808);
     grads_memory = (float *)allocate_tensors(497903616);
@@ -2456,7 +2407,7 @@ static void allocate_model(void) {
     char *inputs = (char *)allocate_tensors(66048);
     tokens_on_gpu = (int *)inputs;
     results = (double *)(inputs + 65792);
-    scratch = (float *)allocate_tensors(29540352);
+    scratch = (float *)allocate_tensors(28311552);
 }
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */
@@ -3182,12 +3133,14 @@ static void remove_old_checkpoints(const Settings *s) {
 static void save_checkpoint(const Settings *s, Loader *data, const Progress *run) {
     name_checkpoint(s->log_dir, run->step);
     save_weights(checkpoint[MODEL], 1);
+    companion_path = checkpoint[MODEL];
     write_state(checkpoint[STATE], s, data, run);
     FILE *file = open_output(checkpoint[DONE]);
     for (int i = MODEL; i <= STATE; i++) {
         if (fprintf(file, "%016" PRIx64 "\n", checksum(checkpoint[i])) < 0) die_writing(checkpoint[DONE]);
     }
     close_output(file);
+    companion_path = NULL;
     say("saved checkpoint %d in %s\n", run->step, s->log_dir);
     if (s->checkpoint_keep > 0) remove_old_checkpoints(s);
 }
@@ -3277,7 +3230,7 @@ static void load_examples(const char *path) {
 
 /* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
 static double ending_loss(const uint16_t *context, const uint16_t *ending) {
-    static int tokens[MOST_TOKENS + 1];
+    static int tokens[MOST_TOKENS];
     const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
     for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
     for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
@@ -3315,6 +3268,7 @@ static const double FLOPS_PER_TOKEN = 808195584; /* forward and backward; a mult
 
 static FILE *metrics;       /* metrics.jsonl in --log-dir: one object a line, complete at any moment */
 static char *metrics_path;
+static int last_validated = -1, last_evaluated = -1; /* the last steps of which it has the figures */
 
 /* Its lock keeps a second run out of the folder. */
 static void open_metrics(const char *folder) {
@@ -3339,6 +3293,8 @@ static void keep_metrics(int last_step) {
     rewind(metrics);
     while (fgets(line, sizeof line, metrics) && strchr(line, '\n') && sscanf(line, "{\"step\": %d", &step) == 1) {
         if (step > last_step) break;
+        if (strstr(line, "\"val_loss\"")) last_validated = step;
+        if (strstr(line, "\"accuracy\"")) last_evaluated = step;
         end = ftello(metrics);
     }
     if (!is_device(metrics_path) && ftruncate(fileno(metrics), end) != 0) die_writing(metrics_path);
@@ -3439,12 +3395,13 @@ static void train_step(const Settings *s, Loader *data, Progress *run, int steps
 /* Every n-th step and the last; n = 0 is never. */
 static int is_due(int step, int n, int last) { return n > 0 && (step % n == 0 || step == last); }
 
-/* Up to so many steps in all, or to a signal. Before a resumed step all was done when its checkpoint was written. */
+/* Up to so many steps in all, or to a signal. A step that was resumed had its sample and its checkpoint. */
 static void train(const Settings *s, Loader *train_data, Loader *val_data, Progress *run, int steps) {
     for (const int first = run->step;; train_step(s, train_data, run, steps)) {
         const int step = run->step, is_new = step == 0 || step > first;
-        if (is_new && val_data && s->val_steps > 0 && is_due(step, s->val_every, steps)) validate(s, val_data, step);
-        if (is_new && s->eval_data && is_due(step, s->val_every, steps)) answer_examples(step);
+        const int val_due = is_due(step, s->val_every, steps);
+        if (val_due && val_data && s->val_steps > 0 && step > last_validated) validate(s, val_data, step);
+        if (val_due && s->eval_data && step > last_evaluated) answer_examples(step);
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
         if (is_new && sample_due && !stop_signal) print_sample(s, step);
         if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {

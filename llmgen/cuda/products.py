@@ -1,4 +1,5 @@
-"""Matrix products of the portable CUDA kernels (templates/cuda/gemm.j2): which tile and how many parts each one gets.
+"""Matrix products of the CUDA kernels: which tile and how many parts each one gets (templates/cuda/gemm.j2; on Hopper those
+that TMA can take go to templates/cuda/gemm_sm90.j2, see hopper.py).
 
 Plain functions of integers. What comes out is `options["products"]` for the templates, and bytes of scratch for the plan.
 """
@@ -6,6 +7,7 @@ Plain functions of integers. What comes out is `options["products"]` for the tem
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmgen.cuda import hopper
 from llmgen.graph import Graph
 
 KiB = 1 << 10
@@ -31,7 +33,7 @@ class Tile:
     """What a block computes.
 
     speed: TFLOP/s of one multiprocessor full of such blocks on long sums, as measured on an H100; their relations count.
-    overhead: of a tile beside its sums, in the terms that could be summed meanwhile.
+    overhead: of a tile beside its sums, in the terms that could be summed meanwhile; the GELU gradient's epilogue takes longer.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Tile:
     blocks: int  # on one multiprocessor
     speed: float
     overhead: int
+    gelu_overhead: int
 
     @property
     def name(self) -> str:
@@ -51,11 +54,6 @@ class Tile:
     @property
     def threads(self) -> int:
         return 32 * self.warps_m * self.warps_n
-
-    @property
-    def sums_of_rows(self) -> int:
-        """Partial sums of each row of a weight gradient's left operand: as Sums in gemm.j2."""
-        return 2 * self.threads // self.rows
 
     @property
     def shared_bytes(self) -> int:
@@ -75,6 +73,7 @@ class FloatTile:
     speed: float
     overhead: int
 
+    gelu_overhead = property(lambda self: self.overhead)
     rows = property(lambda self: self.side)
     columns = property(lambda self: self.side)
     depth = 16
@@ -84,13 +83,13 @@ class FloatTile:
 
 
 TILES = (
-    Tile(128, 256, 32, 4, 2, 4, blocks=1, speed=3.9, overhead=220),
-    Tile(128, 128, 32, 3, 2, 2, blocks=2, speed=3.5, overhead=150),
-    Tile(64, 64, 64, 3, 2, 2, blocks=3, speed=2.3, overhead=60),
+    Tile(128, 256, 32, 4, 2, 4, blocks=1, speed=3.9, overhead=220, gelu_overhead=800),
+    Tile(128, 128, 32, 3, 2, 2, blocks=2, speed=3.5, overhead=150, gelu_overhead=490),
+    Tile(64, 64, 64, 3, 2, 2, blocks=3, speed=2.3, overhead=60, gelu_overhead=200),
 )
 FLOAT_TILES = (
-    FloatTile(128, blocks=2, speed=0.32, overhead=20),
-    FloatTile(64, blocks=6, speed=0.32, overhead=20),
+    FloatTile(128, blocks=2, speed=0.31, overhead=20),
+    FloatTile(64, blocks=6, speed=0.31, overhead=20),
 )
 BANDWIDTH = 2.0  # TB/s, of the sums over parts
 
@@ -138,12 +137,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of a function: where `when` (C, empty for always) holds, this computes it. parts: of a weight gradient, else 0."""
+    """A line of a function: where `when` (C, empty for always) holds, this computes it.
+
+    parts: of a weight gradient (on Hopper also how they are summed), else 0.
+    """
 
     when: str
     product: str
     aligned: str
-    parts: int = 0
+    parts: int | str = 0
 
 
 def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
@@ -156,7 +158,8 @@ def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
         tiles = -(-m // tile.rows) * -(-n // tile.columns)
         slots = multiprocessors * tile.blocks
         for parts in range(1, _parts_limit(shape) + 1):
-            terms = -(-k // (parts * tile.depth)) * tile.depth + tile.overhead
+            overhead = tile.gelu_overhead if shape.function == "linear_backward_input_gelu" else tile.overhead
+            terms = -(-k // (parts * tile.depth)) * tile.depth + overhead
             waves = -(-tiles * parts // slots)
             seconds = waves * tile.blocks * 2 * tile.rows * tile.columns * terms / (tile.speed * 1e12)
             if parts > 1:
@@ -173,20 +176,31 @@ def _parts_limit(shape: Shape) -> int:
     return max(1, min(32, k // LEAST_TERMS, SCRATCH_LIMIT // (4 * m * n)))
 
 
-def scratch_bytes(shape: Shape, precision: str, multiprocessors: int) -> int:
+def by_tma(shape: Shape, precision: str, wgmma: bool) -> bool:
+    """Whether the Hopper kernels compute it. wgmma: whether there are such."""
+    return wgmma and shape.aligned(precision)
+
+
+def turns(shape: Shape, precision: str, wgmma: bool) -> int:
+    """Counters that a function needs."""
+    return hopper.turns(shape.function, shape.n, shape.c, shape.oc) if by_tma(shape, precision, wgmma) else 0
+
+
+def scratch_bytes(shape: Shape, precision: str, multiprocessors: int, wgmma: bool = False) -> int:
     """What a function needs of the device memory that all kernels share: parts of a weight gradient, and sums of columns."""
-    tile, parts = (choice := choose(shape, precision, multiprocessors)).tile, choice.parts
-    weights = parts * shape.oc * shape.c if parts > 1 else 0
+    if by_tma(shape, precision, wgmma):
+        return hopper.scratch_bytes(shape.function, shape.n, shape.c, shape.oc)
+    choice = choose(shape, precision, multiprocessors)
     if shape.function == "linear_backward_weight":
-        sums = parts * -(-shape.c // tile.columns) * tile.sums_of_rows if precision == "bf16" else 0
-        return 4 * max(weights + (SUM_PARTS + sums) * shape.oc, SUM_PARTS * shape.oc)
+        weights = choice.parts * shape.oc * shape.c if choice.parts > 1 else 0
+        return 4 * max(weights, SUM_PARTS * shape.oc)
     if shape.function == "linear_backward_input_gelu":
-        sums = -(-shape.n // tile.rows) * tile.warps_m if precision == "bf16" else 0
+        sums = -(-shape.n // choice.tile.rows) * choice.tile.warps_m if precision == "bf16" else 0
         return 4 * (SUM_PARTS + sums) * shape.c
     return 0
 
 
-def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> dict:
+def options(shapes: Iterable[Shape], precision: str, multiprocessors: int, wgmma: bool = False) -> dict:
     """What the templates need: `tiles`, and for each function its rules.
 
     Rules look at c and oc alone, so that they serve any number of rows. Without a shape of a function: rules for any shape.
@@ -196,12 +210,19 @@ def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> di
     for function in LAYOUTS:
         groups: dict = {}
         for shape in (s for s in shapes if s.function == function):
-            choice = choose(shape, precision, multiprocessors)
-            parts = choice.parts if function == "linear_backward_weight" else 0
+            if by_tma(shape, precision, wgmma):
+                choice = hopper.choose(function, shape.n, shape.c, shape.oc)
+                parts = f"{choice.parts}, {'APART' if choice.apart else 'IN_TURN'}"
+            else:
+                choice = choose(shape, precision, multiprocessors)
+                parts = choice.parts
+            if function != "linear_backward_weight":
+                parts = 0
             conditions = groups.setdefault((choice.tile, shape.aligned(precision), parts), [])
             conditions.append(f"c == {shape.c} && oc == {shape.oc}")
         found[function] = _rules(function, groups) if groups else any_shape(function, precision)
         found["tiles"] += [tile for tile, *_ in groups] if shapes else TILES
+    found["hopper"] = hopper.options(tile for tile in found["tiles"] if isinstance(tile, hopper.Tile))
     found["tiles"] = [tile for tile in TILES if tile in found["tiles"]] if precision == "bf16" else []
     return found
 
