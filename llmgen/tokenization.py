@@ -59,6 +59,7 @@ class Tokenizer:
     table: list[bytes]  # what each id prints as, at least one byte
     encode: Callable[[str], np.ndarray]  # the ids of a text, which special tokens in it do not affect; thread safe
     cut: re.Pattern | None  # where a text can be cut; None: nowhere known
+    before_prompt: tuple[int, ...] = ()  # what models of this tokenizer expect before a prompt: a begin-of-text
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -166,7 +167,10 @@ def file_tokenizer(path: Path) -> Tokenizer:
     if not vocabulary:
         raise UserError(f"{path}: its vocabulary is empty")
     table = _printed(description, vocabulary)
-    return Tokenizer(len(table), _end_of_text(path, vocabulary), table, encode, _cut_of(description))
+    whole = tokenizer.encode("a", add_special_tokens=True)
+    before = list(itertools.takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True)))
+    begin = tuple(number for number, _ in before)
+    return Tokenizer(len(table), _end_of_text(path, vocabulary), table, encode, _cut_of(description), begin)
 
 
 def _cut_of(description: dict) -> re.Pattern | None:
