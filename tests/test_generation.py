@@ -348,8 +348,32 @@ def test_generate_writes_what_the_program_does(small, model):
     assert result.returncode == 0 and result.stdout == direct.stdout
 
 
+def test_a_begin_of_text_stands_before_prompts_where_the_tokenizer_says_so(model, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from llmgen import tokenization
+
+    succeeds("import-weights", model[0] / "model.bin", "--out", "hf", cwd=tmp_path)
+    file = tmp_path / "hf" / "tokenizer.json"
+    assert tokenization.load_tokenizer(str(file)).before_prompt == ()
+    made = tokenizers.Tokenizer.from_file(str(file))
+    begin = [("<|endoftext|>", 256)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=begin
+    )
+    made.save(str(file))
+    assert tokenization.load_tokenizer(str(file)).before_prompt == (256,)
+    flags = ("--tokens", 9, "--temperature", 0)
+    given = ("--prompt", "ab", "--tokenizer", file)
+    lines = succeeds("generate", "--model", "model.bin", *given, *flags, "--quiet", cwd=model[0], env=model[1])
+    (model[0] / "begun.txt").write_text("256 97 98\n")
+    program = model[0] / "generate_gpt2"
+    direct = run(program, "--load", "model.bin", "--prompt-tokens", "begun.txt", *flags, "--quiet")
+    assert "\n".join(lines) == direct.rstrip("\n")
+
+
 def test_generate_refuses_in_one_line(model, tmp_path):
     folder, environment = model
+    without_table(folder)
     for status, words, flags in (
         (2, "Missing option '--model'", ("--prompt", "x")),
         (2, "--tokens", ("--model", "model.bin", "--tokens", "many")),
