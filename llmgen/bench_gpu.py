@@ -77,16 +77,17 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
         "#include <cuda_runtime.h>\n"
         f"enum {{ OPS = {len(calls)}, OP_CALLS = 1 << 12 }};\n"
         "static cudaEvent_t op_events[OPS][OP_CALLS][2];\nstatic int op_calls[OPS];\n"
-        "static void op_start(int op);\nstatic void op_end(int op);\n"
+        "static void op_start(int op);\nstatic void op_end(int op);\nstatic void op_report(void);\n"
     )
     report = (
-        "\nstatic void op_event(int op, int end) {\n"
+        "\nstatic void op_event(int op, int end) {\n    static int begun;\n"
+        "    if (!begun++) atexit(op_report);\n"
         "    if (op_calls[op] >= OP_CALLS) return;\n"
         "    cudaEvent_t *event = &op_events[op][op_calls[op]][end];\n"
         "    cudaEventCreate(event);\n    cudaEventRecord(*event, stream);\n}\n"
         "static void op_start(int op) { op_event(op, 0); }\n"
         "static void op_end(int op) {\n    op_event(op, 1);\n    if (op_calls[op] < OP_CALLS) op_calls[op]++;\n}\n"
-        "__attribute__((destructor)) static void op_report(void) {\n    float ms;\n"
+        "static void op_report(void) {\n    float ms;\n"
         "    for (int op = 0; op < OPS; op++)\n        for (int i = 0; i < op_calls[op]; i++) {\n"
         "            cudaEventElapsedTime(&ms, op_events[op][i][0], op_events[op][i][1]);\n"
         '            fprintf(stderr, "op %d %.9f\\n", op, ms * 1e-3);\n        }\n}\n'

@@ -77,7 +77,10 @@ def plan(as_json, memory, **choices):
         return
     made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
     threads = program.threads(choices["target"])
-    click.echo(json.dumps(made.to_json(threads), indent=1) if as_json else report.plan(made, threads))
+    if as_json:
+        click.echo(json.dumps(made.to_json(threads), indent=1))
+    else:
+        click.echo(report.plan(made, threads, program.keeping(made, choices["cpu"], choices["arch"])))
 
 
 @cli.command()
@@ -102,12 +105,16 @@ def diff(config_a, config_b, **choices):
 @config_options
 @click.option("--out", metavar="DIR", help="The folder for source and program.")
 @click.option("--no-compile", is_flag=True, help="Leaves only the source.")
-def build(out, no_compile, **choices):
+@click.option("--generate", is_flag=True, help="The program that generates text, instead of the one that trains.")
+def build(out, no_compile, generate, **choices):
     """Renders and compiles the program of a config."""
     from llmgen import program
 
-    config = program.config(**choices)
-    built = program.build(config, choices["target"], choices["cpu"], choices["arch"], out, compile=not no_compile)
+    config, target, cpu = program.config(**choices), choices["target"], choices["cpu"]
+    if generate:
+        built = program.build_generation(config, target, cpu, out, compile=not no_compile)
+    else:
+        built = program.build(config, target, cpu, choices["arch"], out, compile=not no_compile)
     click.echo(built.source)
     click.echo(built.compile_line)
     if not no_compile:
@@ -128,6 +135,35 @@ def run(out, flags, **choices):
     sys.exit(program.run(config, choices["target"], choices["cpu"], choices["arch"], out, list(flags)))
 
 
+@cli.command()
+@click.option("--model", required=True, metavar="FILE", help="The weights.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to go on from; may be given several times.")
+@click.option("--prompts", "prompts_file", metavar="FILE", help="A file with a prompt on each line.")
+@click.option(
+    "--tokenizer",
+    metavar="T",
+    help="gpt2, bytes, a folder with a tokenizer.json, the file, or a table that export-tokens wrote. Where the vocabulary's "
+    "size says it, gpt2 or bytes is taken.",
+)
+@click.option("--tokens", type=int, metavar="N", help="Most tokens that a prompt goes on for; 128 unless said.")
+@click.option(
+    "--temperature", type=float, metavar="X", help="Divides the logits; 0 takes the most probable token; 1 unless said."
+)
+@click.option("--top-k", type=int, metavar="N", help="Draws from the N most probable tokens.")
+@click.option("--top-p", type=float, metavar="X", help="Draws from the most probable tokens that have this probability in all.")
+@click.option("--seed", type=int, metavar="N", help="Of what is drawn.")
+@click.option("--batch", type=int, metavar="N", help="Prompts that are worked on side by side; 16 unless said.")
+@click.option("--quiet", is_flag=True, help="Prints what is generated, without prompts and figures.")
+@click.option("--cpu", default="native", show_default=True, metavar="P", help="Processor profile of the C.")
+@click.option("--out", metavar="DIR", help="The folder for source and program, instead of the cache.")
+def generate(model, prompts, prompts_file, tokenizer, cpu, out, quiet, **values):
+    """Goes on from prompts with a model: builds the program for it if needed, and runs it."""
+    from llmgen.generate import generate
+
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    sys.exit(generate(model, prompts, prompts_file, tokenizer, cpu, out, [*flags, *["--quiet"] * quiet]))
+
+
 @cli.command("export-tokens")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
@@ -141,13 +177,32 @@ def run(out, flags, **choices):
 @click.option("--val-fraction", type=float, default=0.05, show_default=True, metavar="X", help="Held out for validation.")
 @click.option("--shard-size", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens in a file.")
 @click.option("--errors", default="strict", show_default=True, metavar="HOW", help="What is not UTF-8: strict or replace.")
-def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors):
-    """Encodes text files and folders as token shards."""
+@click.option("--text-field", default="text", show_default=True, metavar="F", help="Of JSON lines and Parquet.")
+def export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, text_field):
+    """Encodes text files and folders as token shards; of .jsonl and .parquet files each row is a document."""
     from llmgen import data
 
     with data.terminal_progress("export-tokens") as progress:
-        made = data.export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, progress)
+        made = data.export_tokens(sources, tokenizer, out, val_fraction, shard_size, errors, progress, text_field)
     click.echo(made.summary())
+
+
+@cli.command("export-eval")
+@click.argument("source", metavar="SOURCE.jsonl")
+@click.option(
+    "--tokenizer",
+    default="gpt2",
+    show_default=True,
+    metavar="T",
+    help="gpt2, bytes, a folder with a tokenizer.json, or the file.",
+)
+@click.option("--out", required=True, metavar="FILE", help="The file for the trainer's --eval-data.")
+@click.option("--examples", type=click.IntRange(1), metavar="N", help="Only the first N.")
+def export_eval(source, tokenizer, out, examples):
+    """Encodes multiple-choice questions, lines of JSON as HellaSwag has them."""
+    from llmgen import evaluation
+
+    click.echo(evaluation.export_eval(source, tokenizer, out, examples))
 
 
 @cli.command("export-weights")
@@ -204,6 +259,35 @@ def bench(against, steps, rounds, **choices):
         bench_gpu.bench(config, choices["arch"], against, steps, rounds, click.echo)
     else:
         bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", metavar="FILE", help="The figure: .png, .svg or .pdf.")
+@click.option("--x", "axis", type=click.Choice(["step", "tokens", "hours"]), default="step", show_default=True)
+@click.option("--smooth", type=float, metavar="N", help="Steps to smooth over; 1 is not at all. [default: a 50th of the run]")
+@click.option("--tensorboard", metavar="DIR", help="Writes event files below this folder, for tensorboard --logdir.")
+def plot(runs, out, axis, smooth, tensorboard):
+    """Compares runs, named by their log folders: loss curves in one figure."""
+    if not out and not tensorboard:
+        raise click.UsageError("Missing option '--out' (or '--tensorboard').")
+    if out:
+        from llmgen import plot
+
+        click.echo(plot.plot(runs, out, axis, smooth))
+    if tensorboard:
+        from llmgen import metrics
+
+        for run in map(metrics.read, runs):
+            click.echo(metrics.write_events(run, os.path.join(tensorboard, run.name)))
+
+
+@cli.command()
+def doctor():
+    """Checks compilers, OpenMP, CUDA, driver, GPU, vocabulary and disk, and says how to mend each."""
+    from llmgen.doctor import doctor
+
+    sys.exit(0 if doctor(click.echo) else 1)
 
 
 def main():

@@ -27,7 +27,7 @@ BYTE_VOCABULARY = 257  # every byte, and end-of-text
 GPT2_VOCABULARY = 50257
 VOCABULARY_MULTIPLE = 128  # vocabulary rows are padded to a multiple of this
 ALWAYS_STATED = ("batch_size", "seq_len", "precision")  # in the generated source, whatever the defaults are
-RECOMPUTES = ("none", "cheap")
+RECOMPUTES = ("none", "cheap", "block")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 INT_MAX = 2**31 - 1
@@ -97,7 +97,7 @@ class ProgramConfig:
     seq_len: int = 64  # tokens in each of them
     precision: str = "fp32"
     residual_precision: str = "bf16"  # of the residual stream, where precision is bf16
-    recompute: str = "none"  # cheap: the backward computes norms and activations again instead of keeping them
+    recompute: str = "none"  # cheap: the backward computes norms and activations again; block: all of a block
     optimizer: str = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
 
 
@@ -122,6 +122,12 @@ class TrainConfig:
     sample_length: int = 64
     shuffle: bool = False
     seed: int = 1337
+    overfit_batch: bool = False
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 0
+    checkpoint_major: int = 0
+    skip_loss_z: float = 0.0
+    skip_norm_z: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -350,7 +356,8 @@ def check(config: Config, target: str, source: str) -> None:
     if not 0 <= train.final_lr_fraction <= 1:
         refuse(f"final_lr_fraction = {train.final_lr_fraction} must be from 0 to 1")
     counts = ("total_batch_size", "warmup_steps", "val_every", "val_steps", "sample_every", "sample_length", "seed")
-    for name in counts:
+    checkpoints = ("checkpoint_every", "checkpoint_keep", "checkpoint_major")
+    for name in (*counts, *checkpoints, "skip_loss_z", "skip_norm_z"):
         if getattr(train, name) < 0:
             refuse(f"{name} = {getattr(train, name)} must not be negative")
     micro_batch = program.batch_size * program.seq_len

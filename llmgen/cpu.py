@@ -114,7 +114,36 @@ def constants(
     rows: the tokens of a micro-batch; seq_len those of a sequence in training, max_seq_len of the longest evaluated.
     """
     chunk = chunk_rows(rows, padded_vocab_size)
-    linears = [*linears, (chunk, channels, padded_vocab_size)]
+    products, packed_a, packed_b = _products(profile, [*linears, (chunk, channels, padded_vocab_size)])
+    MR, W, NR = profile.tile_rows, profile.width, profile.tile_columns
+    bq = min(_down(96, math.lcm(MR, W)), _up(seq_len, math.lcm(MR, W)))
+    bk = min(_up(128, NR), _up(seq_len, NR))
+    attention = _attention_scratch(MR, NR, bq, bk, head_size, max_seq_len)
+    return [
+        *products,
+        ("BQ", bq, "queries in a block of attention"),
+        ("BK", bk, "keys in it"),
+        ("THREAD_SCRATCH", max(packed_a + packed_b, attention), "floats of a thread: packed operands, or attention's"),
+        ("CHUNK", chunk, "rows of logits that exist at a time"),
+    ]
+
+
+def generation_constants(
+    profile: Profile, *, linears: Sequence[tuple[int, int, int]], cached_tokens: int
+) -> list[tuple[str, int, str]]:
+    """The same for the program that generates: its products all go forward. cached_tokens: room of a sequence in the cache."""
+    products, _, packed = _products(profile, linears)
+    both = ("KC_BOTH", "NC_BOTH", "A_PANEL", "PACKED_A")  # of products that pack both operands
+    queries = 4
+    return [
+        *(row for row in products if row[0] not in both),
+        ("QUERIES", queries, "tokens that attention answers together"),
+        ("THREAD_SCRATCH", max(packed, queries * cached_tokens), "floats of a thread: packed operands, or attention's scores"),
+    ]
+
+
+def _products(profile: Profile, linears: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[str, int, str]], int, int]:
+    """The constants of the matrix products, and the floats that a thread packs of the left and the right operand."""
     longest = max(max(c, oc) for _, c, oc in linears)
     tokens = max(n for n, _, _ in linears)
     W, MR, NV, NR = profile.width, profile.tile_rows, profile.tile_vectors, profile.tile_columns
@@ -131,10 +160,7 @@ def constants(
     packed_a = mc // MR * a_panel
     packed_b = max(nc // NR * _panel(kc * NR), nc_both // NR * _panel(kc_both * NR))
 
-    bq = min(_down(96, math.lcm(MR, W)), _up(seq_len, math.lcm(MR, W)))
-    bk = min(_up(128, NR), _up(seq_len, NR))
-    attention = _attention_scratch(MR, NR, bq, bk, head_size, max_seq_len)
-    return [
+    rows = [
         ("W", W, "floats in a vector register"),
         ("MR", MR, "rows of the register tile"),
         ("NV", NV, "vectors in a row of it"),
@@ -150,15 +176,8 @@ def constants(
         ("FEW_ROWS", 16, "up to so many rows, a product reads its weight where it lies"),
         ("TEAM_PRODUCTS", 1 << 18, "multiply-adds that are worth waking the other threads for"),
         ("TEAM_VALUES", 1 << 13, "the same for values that are computed one by one"),
-        ("BQ", bq, "queries in a block of attention"),
-        ("BK", bk, "keys in it"),
-        (
-            "THREAD_SCRATCH",
-            max(packed_a + packed_b, attention),
-            "floats of a thread: packed operands, or attention's",
-        ),
-        ("CHUNK", chunk, "rows of logits that exist at a time"),
     ]
+    return rows, packed_a, packed_b
 
 
 def _attention_scratch(MR: int, NR: int, bq: int, bk: int, head_size: int, max_seq_len: int) -> int:

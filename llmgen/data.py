@@ -1,7 +1,9 @@
 """Text to token shards, and the built-in corpus.
 
-- A document is a file; end-of-text stands before each. Files come in byte order of their paths.
-- Validation: whole documents, chosen by a hash of their path below the source; of a single document, its last tokens.
+- A document is a file, or a row of a JSON lines or Parquet file; end-of-text stands before each. Files come in byte order
+  of their paths.
+- Validation: whole documents, chosen by a hash of their path below the source (of a row `#` and its number behind, but never
+  the first row of a file); of a single document, its last tokens.
 - Text streams through in pieces, cut only where the tokenizer has a boundary whatever stands on either side, so the ids
   equal those of encoding the whole document (see `llmgen.tokenization`). Memory does not grow with the input.
 - The same sources give the same bytes. All files of an export appear together, or none does.
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmgen import records
 from llmgen.errors import UserError
 from llmgen.formats import files, tokens
 from llmgen.formats import tokenizer as tokenizer_table
@@ -41,8 +44,9 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all (0 if unknown)
 @dataclass(frozen=True)
 class Document:
     path: str
-    name: str  # path below its source, with slashes: the same wherever the source lies
+    name: str  # path below its source, with slashes: the same wherever the source lies; #12 behind it for its row 12
     bytes: int  # 0 if unknown (a pipe)
+    row: int = 0  # of a file with many documents, counted from 1
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,14 @@ def export_tokens(
     shard_size: int = 100_000_000,
     errors: str = "strict",
     progress: Progress | None = None,
+    text_field: str = "text",
 ) -> Export:
     """Encodes text files and folders into `out`/train_%06d.bin, val_%06d.bin and tokenizer.bin.
 
     tokenizer: gpt2, bytes, a folder with a tokenizer.json, or such a file. val_fraction: in [0, 1). shard_size: tokens
-    in a file. errors: strict refuses bytes that are not UTF-8, replace lets them pass as U+FFFD. Shards of an earlier
-    export that are not written again are removed from `out`. Raises UserError.
+    in a file. errors: strict refuses bytes that are not UTF-8, replace lets them pass as U+FFFD. text_field: where the text
+    of a row of JSON lines or Parquet stands. Shards of an earlier export that are not written again are removed from `out`.
+    Raises UserError.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
@@ -94,7 +100,8 @@ def export_tokens(
     if errors not in ("strict", "replace"):
         raise UserError(f"--errors {errors} is not known; use strict or replace")
     documents = find_documents(sources, out)
-    return export_documents(documents, load_tokenizer(tokenizer), out, val_fraction, shard_size, errors, progress)
+    chosen = load_tokenizer(tokenizer)
+    return export_documents(documents, chosen, out, val_fraction, shard_size, errors, progress, text_field)
 
 
 def export_documents(
@@ -105,6 +112,7 @@ def export_documents(
     shard_size: int = 100_000_000,
     errors: str = "strict",
     progress: Progress | None = None,
+    text_field: str = "text",
 ) -> Export:
     """`export_tokens` of these documents, in this order. Raises UserError."""
     with files.folder(out) as folder, files.replacing_all() as open_output:
@@ -113,16 +121,21 @@ def export_documents(
         dtype = tokens.token_dtype(chosen.vocab_size)
         train = _Shards(open_output, folder, "train", shard_size, dtype)
         val = _Shards(open_output, folder, "val", shard_size, dtype)
-        in_val = choose_validation([document.name for document in documents], val_fraction)
-        for index, ids in _encoded(documents, chosen, errors, progress):
-            (val if in_val[index] else train).write(ids)
+        whole = [document for document in documents if not records.has_records(document.path)]
+        held = zip(whole, choose_validation([document.name for document in whole], val_fraction), strict=True)
+        in_val = {document.path for document, is_held in held if is_held}
+        count, end_of_text = 0, np.array([chosen.end_of_text])
+        for document, ids in _encoded(_texts(documents, text_field, errors, progress), chosen):
+            count += ids is None
+            is_held = document.path in in_val or (document.row > 1 and _place(document.name) < val_fraction * 2**64)
+            (val if is_held else train).write(end_of_text if ids is None else ids)
         train.close()
-        if len(documents) == 1:
+        if val.total == 0:
             train.move_tail(int(train.total * val_fraction), val)
         val.close()
     removed = _remove_stale(folder, {*train.paths, *val.paths})
     return Export(
-        documents=len(documents),
+        documents=count,
         train_tokens=train.total,
         val_tokens=val.total,
         train_files=train.paths,
@@ -186,15 +199,20 @@ def choose_validation(names: list[str], fraction: float) -> list[bool]:
     With several documents and a fraction above 0, at least one is held out and at least one is not; a single one is not
     (its last tokens are).
     """
-    if fraction == 0 or len(names) == 1:
+    if fraction == 0 or len(names) < 2:
         return [False] * len(names)
-    hashes = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
+    hashes = [_place(name) for name in names]
     chosen = [value < fraction * 2**64 for value in hashes]
     if not any(chosen):
         chosen[hashes.index(min(hashes))] = True
     if all(chosen):
         chosen[hashes.index(max(hashes))] = False
     return chosen
+
+
+def _place(name: str) -> int:
+    """Where a document's name falls from 0 to 2^64 - 1, evenly."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
 
 
 def read_text(document: Document, errors: str, done: Callable[[int], None]) -> Iterator[str]:
@@ -241,12 +259,11 @@ def pieces(blocks: Iterable[str], cut: re.Pattern | None, path: str) -> Iterator
         yield held
 
 
-def _encoded(
-    documents: list[Document], chosen: Tokenizer, errors: str, progress: Progress | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(document's index, ids) in order; pieces are encoded by several threads, a few ahead."""
+def _texts(
+    documents: list[Document], text_field: str, errors: str, progress: Progress | None
+) -> Iterator[tuple[Document, Iterable[str]]]:
+    """Each document, rows one by one, with its text in blocks."""
     total, done = sum(document.bytes for document in documents), 0
-    workers = min(os.cpu_count() or 1, 16)
 
     def advance(count: int) -> None:
         nonlocal done
@@ -254,14 +271,26 @@ def _encoded(
         if progress:
             progress(done, total)
 
+    for document in documents:
+        if not records.has_records(document.path):
+            yield document, read_text(document, errors, advance)
+            continue
+        for row, text in enumerate(records.texts(document.path, text_field, errors, advance), 1):
+            yield Document(document.path, f"{document.name}#{row}", 0, row), [text]
+
+
+def _encoded(
+    texts: Iterable[tuple[Document, Iterable[str]]], chosen: Tokenizer
+) -> Iterator[tuple[Document, np.ndarray | None]]:
+    """Each document's ids in order, behind a None for its beginning; pieces are encoded by several threads, a few ahead."""
+    workers = min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[int, Future | np.ndarray]] = deque()
-        end_of_text = np.array([chosen.end_of_text])
+        waiting: deque[tuple[Document, Future | None]] = deque()
         try:
-            for index, document in enumerate(documents):
-                waiting.append((index, end_of_text))
-                for text in pieces(read_text(document, errors, advance), chosen.cut, document.path):
-                    waiting.append((index, pool.submit(chosen.encode, text)))
+            for document, blocks in texts:
+                waiting.append((document, None))
+                for text in pieces(blocks, chosen.cut, document.path):
+                    waiting.append((document, pool.submit(chosen.encode, text)))
                     while len(waiting) > 2 * workers:
                         yield _finished(waiting)
             while waiting:
@@ -272,9 +301,9 @@ def _encoded(
                     result.cancel()
 
 
-def _finished(waiting: deque) -> tuple[int, np.ndarray]:
-    index, result = waiting.popleft()
-    return index, result.result() if isinstance(result, Future) else result
+def _finished(waiting: deque) -> tuple[Document, np.ndarray | None]:
+    document, result = waiting.popleft()
+    return document, result.result() if isinstance(result, Future) else result
 
 
 class _Shards:

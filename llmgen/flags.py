@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llmgen.config import INT_MAX, Config
 from llmgen.errors import UserError
 
-C_TYPES = {"text": "const char", "integer": "int", "switch": "int", "real": "double"}
+C_TYPES = {"text": "const char", "texts": "Texts", "integer": "int", "switch": "int", "real": "double"}
 WIDTH = 120  # columns of the generated source
 
 
@@ -20,7 +20,7 @@ WIDTH = 120  # columns of the generated source
 class Flag:
     name: str  # without the dashes
     short: str  # llm.c's letter, or ""
-    kind: str  # "text", "integer", "real", or "switch": on without a value, or with 0 or 1
+    kind: str  # "text", "texts": given several times, "integer", "real", or "switch": on without a value, or with 0 or 1
     metavar: str
     help: str
     field: str = ""  # the name with underscores, unless said
@@ -34,8 +34,9 @@ FLAGS = (
     Flag("save-dtype", "", "text", "TYPE", "fp32 or bf16, for --save"),
     Flag("train-data", "i", "text", "GLOB", "token shards to train on, taken in order"),
     Flag("val-data", "j", "text", "GLOB", "token shards to validate on"),
+    Flag("eval-data", "", "text", "FILE", "multiple-choice examples to answer whenever it validates"),
     Flag("tokenizer", "", "text", "FILE", "table of the tokens' texts, to print samples"),
-    Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl"),
+    Flag("log-dir", "o", "text", "DIR", "made if need be; gets metrics.jsonl and checkpoints"),
     Flag("steps", "x", "integer", "N", "optimizer steps; -1 is one epoch, 0 trains nothing", minimum=-1),
     Flag("total-batch-size", "d", "integer", "N", "tokens in an optimizer step: whole micro-batches"),
     Flag("batch-size", "b", "integer", "N", "sequences in a micro-batch: fixed when the program is built", minimum=1),
@@ -57,7 +58,34 @@ FLAGS = (
     Flag("temperature", "", "real", "X", "of samples; 0 takes the most probable token", default=1.0),
     Flag("shuffle", "", "switch", "0|1", "take the training data in an order of its own each epoch, by --seed"),
     Flag("seed", "", "integer", "N", "of the first weights, the samples and the shuffling"),
+    Flag("overfit-batch", "a", "switch", "0|1", "train on the first batch again and again"),
+    Flag("checkpoint-every", "n", "integer", "N", "write a checkpoint to --log-dir every N steps and at the end; 0 is never"),
+    Flag("checkpoint-keep", "nk", "integer", "K", "keep the latest K checkpoints; 0 keeps all"),
+    Flag("checkpoint-major", "nm", "integer", "N", "keep those of every N-th step for good; 0 is none"),
+    Flag("resume", "y", "switch", "0|1", "go on from the latest checkpoint in --log-dir, if there is one", default=False),
+    Flag("skip-loss-z", "sl", "real", "X", "no update where the loss is X deviations above the last 128; 0 is off"),
+    Flag("skip-norm-z", "sg", "real", "X", "the same for the norm of the gradients"),
     Flag("debug-state", "", "text", "FILE", "write logits, loss and gradients of the first step here; train nothing"),
+)
+
+GENERATION_FLAGS = tuple(
+    dataclasses.replace(flag, field=flag.field or flag.name.replace("-", "_"))
+    for flag in (
+        Flag("load", "e", "text", "FILE", "weights, fp32 or bf16"),
+        Flag("tokenizer", "", "text", "FILE", "table of the tokens' texts; without it bytes are text, other tokens numbers"),
+        Flag("prompt", "p", "texts", "TEXT", "text to go on from; without any prompt a text begins from nothing"),
+        Flag("prompts", "", "text", "FILE", "the same, a line each"),
+        Flag("prompt-tokens", "", "text", "FILE", "the same as token ids: numbers with spaces between, a prompt a line"),
+        Flag("tokens", "n", "integer", "N", "most tokens that a prompt goes on for", default=128),
+        Flag("temperature", "t", "real", "X", "divides the logits; 0 takes the most probable token", default=1.0),
+        Flag("top-k", "k", "integer", "N", "draw from the N most probable tokens; 0 is all", default=0),
+        Flag("top-p", "", "real", "X", "draw from the most probable tokens that have this probability in all", default=1.0),
+        Flag("seed", "s", "integer", "N", "of what is drawn", default=1337),
+        Flag("batch", "b", "integer", "N", "prompts that are worked on side by side", default=16, minimum=1),
+        Flag("stop", "", "switch", "0|1", "end a text at the end-of-text token", default=1),
+        Flag("quiet", "q", "switch", "0|1", "print what is generated, without prompts and figures", default=0),
+        Flag("encode", "", "text", "FILE", "print the ids of this text's tokens, a line each; generate nothing"),
+    )
 )
 
 

@@ -114,7 +114,7 @@ class Kind:
     function   name of the C and CUDA function
     template   file under templates/<target>/ops that defines it
     signature  names of the function's arguments: outputs, inputs, sizes, in the order of the C
-    optional   arguments that the function does not have where the op does not: a norm without weights
+    optional   arguments that the function does not have where the op does not: a norm without weights, a size it needs not
     in_place   output -> inputs whose memory it may take over
     addends    output -> the optional input that is added to it ("addend")
     tables     name of a function that fills constant inputs once, and those inputs
@@ -136,7 +136,7 @@ class Kind:
         def there(name: str) -> bool:
             if name == "accumulate":
                 return any(t.role == "gradient" for t in op.outputs.values())
-            return name not in self.optional or op.tensor(name) is not None
+            return name not in self.optional or op.tensor(name) is not None or name in self.sizes(op)
 
         return tuple(name for name in self.signature if there(name))
 
@@ -231,7 +231,7 @@ class Segment:
 
     def made(self) -> set[str]:
         """Names of the tensors that exist once for each repetition."""
-        names = {t.name for op in self.ops for t in op.outputs.values() if t.role != "gradient"}
+        names = {t.name for op in self.ops for t in op.outputs.values() if t.role not in ("gradient", "state")}
         return names | {c.inside.name for c in self.carry}
 
     def replace(self, **changes) -> Segment:

@@ -14,6 +14,7 @@ from llmgen.errors import UserError
 from llmgen.graph import ITEM_SIZE, ONE, Dim, Function, Graph, Op, Segment, Tensor, View, dim
 from llmgen.memory import Buffer, Layout, aligned, stride_expr, stride_values
 from llmgen.models import transformer
+from llmgen.passes import recompute
 
 RESULT_BYTES = 256  # a step's loss and norm, on a GPU
 ALIGNMENT = {"c": 64, "cuda": 256}  # bytes at which every tensor, and every layer of it, starts
@@ -137,8 +138,10 @@ class Plan:
     evaluate: FunctionPlan
     evaluation_tokens: int
     chunk: int
-    thread_scratch: int  # float values for each thread; on a GPU, of the kernel that runs
-    flops: int  # of one forward_backward
+    thread_scratch: int  # float values for each thread; on a GPU, of the kernel that runs, and its counters
+    turns: int  # counters of a GPU's kernels
+    flops: int  # of one forward_backward, but for what is computed again
+    again_flops: int  # of what is
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
     reals: tuple[tuple[str, float, str], ...]  # the same for constants that are no integers
     update_scratch: int  # values that the optimizer needs while forward_backward's activations are free
@@ -148,16 +151,18 @@ class Plan:
 
     @property
     def functions(self) -> frozenset[str]:
-        """Names of the kernels that the program calls."""
+        """Names of the kernels that the program calls, besides those that templates/cuda/model.j2 names."""
         blocks = (*self.forward_backward.blocks, *self.evaluate.blocks)
         called = {call.function for block in blocks for call in block.calls}
-        return frozenset(called | {op.kind.function for op in self.graph.function("update").ops()})
+        if self.target == "c":
+            called |= {op.kind.function for op in self.graph.function("update").ops()}
+        return frozenset(called)
 
     @property
     def templates(self) -> list[str]:
         """The op templates they stand in, in the order of their first use."""
-        made = [op for f in self.graph.functions for op in f.ops() if not isinstance(op.kind, View)]
-        return list(dict.fromkeys(op.kind.template for op in made))
+        named = templates(self.graph)
+        return named + ["copy"] * (self.has_master_weights and "copy" not in named)  # it rounds the master weights
 
     @property
     def workspace(self) -> int:
@@ -225,7 +230,7 @@ class Plan:
         def tensor(name, shape, dtype, **more):
             return {"name": name, "shape": [d.size for d in shape], "dtype": dtype, **more}
 
-        plan = self.forward_backward
+        plan, config = self.forward_backward, self.config.program
         return {
             "config": {"name": self.config.name, "hash": self.config.hash, **self.config.to_dict()},
             "target": self.target,
@@ -246,6 +251,11 @@ class Plan:
             ],
             "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total(threads), "threads": threads},
             "flops_per_token": self.flops_per_token,
+            **(
+                {"recompute_flops_per_token": self.again_flops / (config.batch_size * config.seq_len)}
+                if self.again_flops
+                else {}
+            ),
         }
 
 
@@ -264,17 +274,17 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
         machine = architecture.resolve(arch, precision)
         chunk = scratch.chunk_rows(rows, model.padded_vocab_size * (2 if precision == "bf16" else 4))
     graph = passes.for_target(models.build(config), target, chunk, config.program)
-    parameters = _parameter_table(config, graph, alignment)
+    parameters = parameter_table(config, graph, alignment)
     planned = {}
     for name in ("forward_backward", "evaluate"):
         function = memory.with_copies(graph.function(name))
-        planned[name] = _function(function, memory.layout(function, alignment), parameters, target)
+        planned[name] = function_plan(function, memory.layout(function, alignment), parameters, target)
     last = parameters[-1]
     evaluation_tokens = transformer.evaluation_tokens(config)
     if target == "c":
-        constants = cpu.constants(
+        kernel_sizes = cpu.constants(
             machine,
-            linears=_linears(graph),
+            linears=linears(graph),
             channels=model.channels,
             head_size=model.head_size,
             seq_len=config.program.seq_len,
@@ -282,15 +292,16 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
             rows=rows,
             padded_vocab_size=model.padded_vocab_size,
         )
-        working = next(value for name, value, _ in constants if name == "THREAD_SCRATCH")
+        working = next(value for name, value, _ in kernel_sizes if name == "THREAD_SCRATCH")
     else:
-        constants = [("CHUNK", chunk, "rows of logits that exist at a time")]
-        working = aligned(scratch.bytes(graph, config, machine), alignment) // 4
-    tables, offset = [], 0
-    for t in (t for t in _constants(graph) if not t.layers):
-        tables.append(Table(t.name, t.shape, offset, aligned(t.count.size, alignment // 4)))
-        offset += tables[-1].values
+        kernel_sizes = [("CHUNK", chunk, "rows of logits that exist at a time")]
+        turns = aligned(4 * scratch.turns(graph, config, machine), alignment) // 4
+        working = aligned(scratch.bytes(graph, config, machine), alignment) // 4 + turns
     updates = list(graph.function("update").ops())
+    work = {False: 0, True: 0}
+    for segment in graph.function("forward_backward").segments:
+        for op in segment.ops:
+            work[recompute.is_again(op)] += op.kind.flops(op) * segment.repeat.size
     plan = Plan(
         config=config,
         target=target,
@@ -303,13 +314,15 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
         thread_scratch=working,
-        flops=sum(op.kind.flops(op) * s.repeat.size for s in graph.function("forward_backward").segments for op in s.ops),
-        sizes=(*_sizes(config, evaluation_tokens), *constants),
+        turns=turns if target == "cuda" else 0,
+        flops=work[False],
+        again_flops=work[True],
+        sizes=(*_sizes(config, evaluation_tokens), *kernel_sizes),
         reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
         update_scratch=max((ops.MUON.scratch_values(op) for op in updates if op.kind is ops.MUON), default=0),
-        tables=tuple(tables),
-        fillers=_fillers(graph),
-        layer_constants=tuple(t for t in _constants(graph) if t.layers),
+        tables=tables(graph, alignment),
+        fillers=fillers(graph),
+        layer_constants=tuple(t for t in constants(graph) if t.layers),
     )
     if plan.memory.total(1) >= 2**62:
         raise UserError(
@@ -318,13 +331,29 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
     return plan
 
 
-def _constants(graph: Graph) -> list[Tensor]:
+def templates(graph: Graph) -> list[str]:
+    """The op templates of a graph's kernels, in the order of their first use."""
+    made = [op for f in graph.functions for op in f.ops() if not isinstance(op.kind, View)]
+    return list(dict.fromkeys(op.kind.template for op in made))
+
+
+def constants(graph: Graph) -> list[Tensor]:
     """The constants that ops read, each once."""
     read = [t for f in graph.functions for op in f.ops() for t in op.inputs.values() if t.role == "constant"]
     return list({t.name: t for t in read}.values())
 
 
-def _fillers(graph: Graph) -> tuple[str, ...]:
+def tables(graph: Graph, alignment: int) -> tuple[Table, ...]:
+    """The constants that are computed once, one behind the other."""
+    rows, offset = [], 0
+    for t in (t for t in constants(graph) if not t.layers):
+        rows.append(Table(t.name, t.shape, offset, aligned(t.count.size, alignment // 4)))
+        offset += rows[-1].values
+    return tuple(rows)
+
+
+def fillers(graph: Graph) -> tuple[str, ...]:
+    """The calls that compute them."""
     calls = {}
     for op in (op for f in graph.functions for op in f.ops() if op.kind.tables):
         function, names = op.kind.tables
@@ -332,7 +361,7 @@ def _fillers(graph: Graph) -> tuple[str, ...]:
     return tuple(calls)
 
 
-def _linears(graph: Graph) -> list[tuple[int, int, int]]:
+def linears(graph: Graph) -> list[tuple[int, int, int]]:
     """(n, c, oc) of every linear layer: rows, channels in, channels out."""
     found = {}
     for op in (op for f in graph.functions for op in f.ops() if op.kind in (ops.LINEAR, ops.LINEAR_GELU)):
@@ -341,12 +370,21 @@ def _linears(graph: Graph) -> list[tuple[int, int, int]]:
     return list(found)
 
 
-def _sizes(config: Config, evaluation_tokens: int) -> tuple:
+def _sizes(config: Config, evaluation_tokens: int) -> tuple[tuple[str, int, str], ...]:
+    s = transformer.Sizes.of(config)
+    return (
+        ("B", s.B.size, "sequences in a micro-batch"),
+        ("T", s.T.size, "tokens in a sequence"),
+        ("BT", s.B.size * s.T.size, "B * T"),
+        *model_sizes(config),
+        ("EVAL_TOKENS", evaluation_tokens, "tokens that evaluate takes at most"),
+    )
+
+
+def model_sizes(config: Config) -> tuple[tuple[str, int, str], ...]:
+    """The named sizes of a model: name, value, comment."""
     s, m = transformer.Sizes.of(config), config.model
     rows = [
-        (s.B, "sequences in a micro-batch"),
-        (s.T, "tokens in a sequence"),
-        (Dim(s.B.size * s.T.size, "BT"), "B * T"),
         (s.L, "layers"),
         (s.NH, "attention heads"),
         *([(s.NKV, "heads of keys and values, shared by NH / NKV heads of queries")] if s.NKV != s.NH else []),
@@ -362,13 +400,12 @@ def _sizes(config: Config, evaluation_tokens: int) -> tuple:
         (s.V, "tokens in the vocabulary"),
         (s.VP, "V rounded up to a multiple of 128; the rows past V stay zero"),
         (s.MAXT, "longest sequence" + (" the position embeddings reach" if m.position == "learned" else "")),
-        (Dim(evaluation_tokens, "EVAL_TOKENS"), "tokens that evaluate takes at most"),
     ]
     return tuple((d.expr, d.size, comment) for d, comment in rows)
 
 
-def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Parameter]:
-    updates = {op.inputs["param"].name: op.attrs for op in graph.function("update").ops() if "param" in op.inputs}
+def parameter_table(config: Config, graph: Graph, alignment: int) -> list[Parameter]:
+    updates = {op.inputs["param"].name: op.attrs for f in graph.functions for op in f.ops() if "param" in op.inputs}
     rows: list[Parameter] = []
     offset = file_offset = 0
     for t in graph.parameters:
@@ -382,11 +419,11 @@ def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Param
             stride=stride_values(t.bytes, t.dtype, alignment),
             stride_expr=stride_expr(t.shape, t.dtype, alignment),
             file_offset=file_offset,
-            decay=updates[t.name]["decay"],
+            decay=updates.get(t.name, {}).get("decay", False),
             initial_mean=mean,
             initial_std=std,
             valid=valid,
-            parts=updates[t.name].get("parts", ()),
+            parts=updates.get(t.name, {}).get("parts", ()),
         )
         rows.append(row)
         offset += row.stride * row.layers
@@ -394,7 +431,7 @@ def _parameter_table(config: Config, graph: Graph, alignment: int) -> list[Param
     return rows
 
 
-def _function(function: Function, layout: Layout, parameters: list[Parameter], target: str) -> FunctionPlan:
+def function_plan(function: Function, layout: Layout, parameters: list[Parameter], target: str) -> FunctionPlan:
     expressions = _Expressions(function, layout, {p.name: p for p in parameters}, target)
     blocks = []
     for segment in function.segments:
@@ -414,7 +451,7 @@ class _Expressions:
 
     def __init__(self, function: Function, layout: Layout, parameters: dict[str, Parameter], target: str):
         self.layout, self.parameters, self.target, self.alignment = layout, parameters, target, ALIGNMENT[target]
-        self.struct = {"forward_backward": "acts", "evaluate": "eval"}[function.name]
+        self.struct = {"forward_backward": "acts", "evaluate": "eval", "decode": "acts"}[function.name]
 
     def arguments(self, op: Op, segment: Segment) -> tuple[str, ...]:
         sizes = op.kind.sizes(op)
@@ -448,6 +485,8 @@ class _Expressions:
         if t.role in ("parameter", "gradient"):
             struct, name = ("params", t.name) if t.role == "parameter" else ("grads", t.name[1:])
             return f"{struct}.{name}" + (f" + l*{self.parameters[name].stride_expr}" if t.layers else "")
+        if t.role == "state":
+            return f"cache.{t.name} + l*{stride_expr(t.shape, t.dtype, self.alignment)}"
         if t.role == "constant":
             return f"{t.name}[l]" if t.layers else f"tables.{t.name}"
         if t.name not in self.layout.places:

@@ -11,6 +11,7 @@ from llmgen import plan as plans
 from llmgen.config import BYTE_VOCABULARY, GPT2_VOCABULARY, Config
 from llmgen.errors import UserError
 from llmgen.flags import program_flags
+from llmgen.generation import GenerationPlan
 from llmgen.plan import Plan
 
 # How `llmgen run` trains where no data is named: fields of [train], unless the config or the program's flags say them.
@@ -68,14 +69,34 @@ def folder(config: Config, out: str | os.PathLike | None) -> Path:
 
 
 def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
-    """Render the source, and compile it where it changed. Raises UserError."""
-    from llmgen import render, toolchain
-    from llmgen.formats import files
+    """Render the source of the program that trains, and compile it where it changed. Raises UserError."""
+    from llmgen import render
 
     made = plan(config, target, cpu, arch)
-    text = render.source(made)
-    where = folder(config, out)
-    name = f"train_{config.family}"
+    return _build(f"train_{config.family}", render.source(made), made, folder(config, out), compile)
+
+
+def build_generation(config, target, cpu, out, *, compile: bool = True) -> Built:
+    """The same for the program that generates."""
+    from llmgen import generation, render
+
+    made = generation.make(config, target, cpu)
+    return _build(f"generate_{config.family}", render.generation(made), made, folder(config, out), compile)
+
+
+def cached_folder(config: Config, cpu: str) -> Path:
+    """Where a program that generates is kept: one for each model's shape and processor."""
+    from llmgen import cpu as processors
+    from llmgen import data
+
+    return data.default_cache() / "generate" / f"{config.name}-{processors.resolve(cpu).name}"
+
+
+def _build(name: str, text: str, made: Plan | GenerationPlan, where: Path, compile: bool) -> Built:
+    from llmgen import toolchain
+    from llmgen.formats import files
+
+    target = made.target
     source = where / (f"{name}.cu" if target == "cuda" else f"{name}.c")
     if not source.is_file() or source.read_text() != text:
         with files.replacing(source) as output:
@@ -146,24 +167,53 @@ def parse_size(text: str) -> int:
         raise UserError(f"--memory {text}: expected a size such as 24GB or 512MiB") from None
 
 
+def keeping(plan: Plan, cpu: str, arch: str | None) -> Plan | None:
+    """Where a plan computes anything again: the one that does not."""
+    if plan.config.program.recompute == "none":
+        return None
+    return plans.make(plan.config.replace(recompute="none"), plan.target, cpu, arch)
+
+
 def largest_batch(config: Config, target: str, cpu: str, arch: str | None, memory: str) -> str:
-    """One line: the largest batch size whose plan fits in so much memory. Raises UserError if not even 1 does."""
-    limit, n = parse_size(memory), threads(target)
+    """One line: the largest batch size whose plan fits in so much memory. If the config's own does not fit, more lines: what
+    recompute would make of it. Raises UserError if not even 1 fits."""
+    from llmgen import report
 
-    def total(batch_size: int) -> int:
-        return plans.make(config.replace(batch_size=batch_size, total_batch_size=0), target, cpu, arch).memory.total(n)
+    limit, n, asked = parse_size(memory), threads(target), config.program.batch_size
 
-    if total(1) > limit:
-        raise UserError(
-            f"{config.name}: batch_size = 1 needs {total(1):,} bytes, more than {limit:,}; lower seq_len or the model"
-        )
-    most = configs.INT_MAX // 8 // config.program.seq_len
-    low, high = 1, 2
-    while high <= most and total(high) <= limit:
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if total(middle) <= limit else (low, middle)
+    def plan(batch_size: int, recompute: str) -> Plan:
+        changed = config.replace(batch_size=batch_size, total_batch_size=0, recompute=recompute)
+        return plans.make(changed, target, cpu, arch)
+
+    def total(batch_size: int, recompute: str) -> int:
+        return plan(batch_size, recompute).memory.total(n)
+
+    def largest(recompute: str) -> int:
+        most = configs.INT_MAX // 8 // config.program.seq_len
+        low, high = 1, 2
+        while high <= most and total(high, recompute) <= limit:
+            low, high = high, high * 2
+        high = min(high, most + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if total(middle, recompute) <= limit else (low, middle)
+        return low
+
+    now = config.program.recompute
+    others = configs.RECOMPUTES[configs.RECOMPUTES.index(now) + 1 :]
+    fitting = [how for how in others if total(1, how) <= limit]
+    if total(1, now) > limit:
+        hint = f"use --set recompute={fitting[0]}, or " if fitting else ""
+        needed = f"{config.name}: batch_size = 1 needs {total(1, now):,} bytes, more than {limit:,}"
+        raise UserError(f"{needed}; {hint}lower seq_len or the model")
+    low, length = largest(now), config.program.seq_len
     where = "on the GPU" if target == "cuda" else f"{n} threads"
-    return f"largest batch_size: {low} (x {config.program.seq_len} tokens): {total(low):,} of {limit:,} bytes, {where}"
+    lines = [f"largest batch_size: {low} (x {length} tokens): {total(low, now):,} of {limit:,} bytes, {where}"]
+    for how in fitting if low < asked else ():
+        made = plan(asked, how)
+        verdict = "fits" if made.memory.total(n) <= limit else "does not fit"
+        lines.append(
+            f"with --set recompute={how}: {largest(how)}; {asked} {verdict} with {made.memory.total(n):,} bytes instead of "
+            f"{total(asked, now):,}, for {report.recompute(made, plan(asked, now))}"
+        )
+    return "\n".join(lines)

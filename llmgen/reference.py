@@ -1,7 +1,7 @@
 """Runs a graph in numpy float64: the oracle that needs no framework.
 
-Values are arrays; a tensor that exists once for each repetition of a block is a list of them. Parameters and their gradients
-are stacked arrays, one layer after the other.
+Values are arrays; a tensor that exists once for each repetition of a block is a list of them. Parameters, their gradients and
+states are stacked arrays, one layer after the other; what a function writes of a state is written into the array given.
 """
 
 from typing import Any
@@ -94,6 +94,9 @@ def _run_op(op: Op, values: dict[str, Any], scope: Any, layer: int, first: bool)
     results = op.kind.reference(op, x)
     for name, t in op.outputs.items():
         result = results[name]
+        if t.role == "state":
+            values[t.name][layer if t.layers else Ellipsis] = result
+            continue
         if t.role != "gradient":
             scope[t.name] = result
             continue

@@ -1,12 +1,15 @@
 """The Jinja environment: a plan in, source text out. Templates have holes and loops over ready lists, and no arithmetic."""
 
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
 
-from llmgen import families, host, kernels, toolchain
+from llmgen import characters, families, host, kernels, toolchain
+from llmgen import generation as generations
+from llmgen.generation import GenerationPlan
 from llmgen.plan import C_TYPES, Call, FunctionPlan, Parameter, Plan, c_float
 
 TEMPLATES = {"c": "train.c.j2", "cuda": "train.cu.j2"}
@@ -53,6 +56,7 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         **host.context(config),
         "sizes": sizes,
         "target": plan.target,
+        "timed": statement is not None,
         "parameter_members": [(f"{value} *{p.name};", f"({p.shape})") for p in plan.parameters],
         "weights_memory": "master_memory" if plan.has_master_weights else "params_memory",
         "activation_members": _buffer_members(plan.forward_backward),
@@ -65,21 +69,57 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "memory": plan.memory,
         "options": kernels.options(config.model, plan.evaluation_tokens),
-        "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
+        "model_template": f"{plan.target}/model.j2",
+        "kernel_templates": kernels.templates(
+            plan.templates, plan.target, plan.profile, config.program.precision, config.model
+        ),
     }
     if plan.target == "cuda":
         context["options"] |= kernels.gpu_options(plan)
+    return _rendered(TEMPLATES[plan.target], plan, context, statement)
+
+
+def generation(plan: GenerationPlan) -> str:
+    """The whole source of the program that generates. It depends on family and [model], the target and the CPU profile."""
+    config, name = plan.config, f"generate_{plan.config.family}"
+    context = {
+        **host.generation_context(config),
+        "sizes": [(f"{name} = {value},", comment) for name, value, comment in plan.sizes],
+        "target": plan.target,
+        "parameter_members": [(f"float *{p.name};", f"({p.shape})") for p in plan.parameters],
+        "state_members": [(f"float *{s.name};", f"({', '.join(map(str, s.shape))})") for s in plan.states],
+        "activation_members": _buffer_members(plan.decode),
+        "table_members": [(f"float *{t.name};", f"({', '.join(map(str, t.shape))})") for t in plan.tables],
+        "plan": plan,
+        "title": families.TITLES[config.family],
+        "config": config,
+        "stated": generations.stated(config),
+        "hash": generations.hash_of(config),
+        "model": config.model,
+        "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
+        "options": kernels.options(config.model, cached=True),
+        "model_template": "c/generate_model.j2",
+        "weights_memory": "params_memory",
+        "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
+        "letters": numbers(characters.LETTERS),
+        "numbers": numbers(characters.NUMBERS),
+        "spaces": numbers(characters.SPACES),
+    }
+    return _rendered("generate.c.j2", plan, context)
+
+
+def _rendered(template: str, plan: Plan | GenerationPlan, context: dict, statement: Callable[..., str] | None = None) -> str:
     env = environment()
     env.filters["call"] = statement or call
     env.filters["on_gpu"] = "{}".format if plan.target == "c" else lambda tokens, n: f"tokens_to_gpu({tokens}, {n})"
     env.filters["floats_from_gpu"] = "{}".format if plan.target == "c" else lambda at, n: f"floats_from_gpu({at}, {n})"
 
     def section(functions: frozenset) -> str:
-        parts = [env.get_template(t).render(context, functions=functions) for t in context["kernel_templates"]]
-        return "".join(parts)
+        names = [*context["kernel_templates"], context["model_template"]]  # what the model calls, it needs
+        return "".join(env.get_template(name).render(context, functions=functions) for name in names)
 
     functions = kernels.with_helpers(plan.functions, context["kernel_templates"], templates_folder(), section)
-    return tidy(env.get_template(TEMPLATES[plan.target]).render(context, functions=functions))
+    return tidy(env.get_template(template).render(context, functions=functions))
 
 
 def tidy(text: str) -> str:
@@ -115,6 +155,11 @@ def wrap(head: str, items: list[str], indent: int, tail: str) -> str:
             line = margin
         line += piece
     return "\n".join([*lines, line.rstrip()])[indent:]
+
+
+def numbers(values: tuple[int, ...]) -> str:
+    """Lines of numbers: the inside of an initialiser."""
+    return textwrap.fill(", ".join(map(str, values)), WIDTH, initial_indent="    ", subsequent_indent="    ")
 
 
 def members(rows: list[tuple[str, str]], indent: int = 4) -> str:

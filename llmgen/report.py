@@ -24,7 +24,17 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def plan(plan: Plan, threads: int) -> str:
+def recompute(plan: Plan, keeping: Plan) -> str:
+    """What it costs in time and gains in bytes. keeping: the plan that computes nothing again."""
+    held, before = ((m.activations + m.arena) for m in (plan.memory, keeping.memory))
+    return (
+        f"{plan.again_flops / plan.flops:.1%} more flops; activations and arena take {size(held)} instead of {size(before)} "
+        f"({held / before:.0%})"
+    )
+
+
+def plan(plan: Plan, threads: int, keeping: Plan | None = None) -> str:
+    """keeping: where the plan computes anything again, the one that does not."""
     config, memory = plan.config, plan.memory
     model, program = config.model, config.program
     parts = [
@@ -69,6 +79,8 @@ def plan(plan: Plan, threads: int) -> str:
     parts.append(f"memory, bytes\n{lines}")
     tokens = program.batch_size * program.seq_len
     parts.append(f"{plan.flops_per_token:,.0f} flops a token, {plan.flops_per_token * tokens / 1e9:,.1f} GFLOP a micro-batch")
+    if keeping:
+        parts[-1] += f'\nrecompute = "{program.recompute}": {recompute(plan, keeping)}'
     return "\n\n".join(parts)
 
 

@@ -13,21 +13,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmgen import metrics
 from llmgen.errors import UserError
 
 _STEP = re.compile(rb"step (\d+)/(\d+) \| loss (\S+) \| norm (\S+) \| lr (\S+) \| (\S+) ms \| (\S+) tok/s\n")
+SPARKS = 12  # blocks in the live view's curve of the losses
 _VAL_LOSS = re.compile(rb"val loss (\S+)\n")
 
 
-def run(program: str | Path, flags: Sequence[str]) -> int:
+def run(program: str | Path, flags: Sequence[str], *, follow: bool = True) -> int:
     """Run a program to its end. Returns its exit status; 128 + N if signal N ended it.
 
+    follow: on a terminal, show its steps as they come; else what it prints is left as it is.
     Raises UserError if it cannot be started, or if it crashed.
     """
-    live = sys.stdout.isatty() and sys.stderr.isatty()
+    live = follow and sys.stdout.isatty() and sys.stderr.isatty()
     sys.stdout.flush()
     with _forwarding_signals() as started:
         try:
@@ -110,11 +113,21 @@ class _Progress:
     loss: str = ""
     val_loss: str = ""
     tokens_per_second: float = 0.0
+    losses: list[float] = field(default_factory=list)  # means over `stride` steps, and the ones of the next
+    pending: list[float] = field(default_factory=list)
+    stride: int = 1
 
     def update(self, step: int, steps: int, loss: str, tokens_per_second: float) -> None:
         if not self.step:
             self.started, self.first = time.monotonic(), step
         self.step, self.steps, self.loss, self.tokens_per_second = step, steps, loss, tokens_per_second
+        self.pending.append(float(loss))
+        if len(self.pending) == self.stride:
+            self.losses.append(sum(self.pending) / self.stride)
+            self.pending.clear()
+        if len(self.losses) == 4 * SPARKS:
+            self.losses = [(a + b) / 2 for a, b in zip(self.losses[::2], self.losses[1::2], strict=True)]
+            self.stride *= 2
 
     def line(self, width: int) -> str:
         parts = [f"{self.step}/{self.steps}", f"loss {self.loss}"]
@@ -125,6 +138,8 @@ class _Progress:
             left = (time.monotonic() - self.started) / (self.step - self.first) * (self.steps - self.step)
             parts.append(f"{_clock(left)} left")
         text = " | ".join(parts)
+        if len(self.losses) > 1 and width > len(text) + SPARKS + 14 and _can_show("▁█"):
+            text += f" | {metrics.sparkline(self.losses, SPARKS)}"
         room = min(width - len(text) - 4, 40)
         if room < 5:
             return text[: width - 1]
@@ -150,6 +165,14 @@ def _show(stream) -> None:
             sys.stderr.flush()
     if progress.step:
         sys.stderr.write("\n")
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stderr.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _clock(seconds: float) -> str:

@@ -79,12 +79,22 @@ def compile(source: Path, program: Path, target: str, machine: Profile | Archite
     return (_compile_cuda if target == "cuda" else _compile_c)(source, program, machine, more)
 
 
+def find_c() -> tuple[str, ...] | None:
+    """The command of the C compiler, or None. Raises UserError if CC names one that is not there."""
+    return _find_compiler("CC", C_COMPILERS)
+
+
+def find_nvcc() -> tuple[str, ...] | None:
+    """The same of nvcc: NVCC, on PATH, or where the toolkit's installer puts it."""
+    return _find_compiler("NVCC", ("nvcc",)) or ((USUAL_NVCC,) if os.access(USUAL_NVCC, os.X_OK) else None)
+
+
 def _compile_cuda(source: Path, program: Path, machine: Architecture, more: Sequence[str]) -> Build:
-    compiler = _find_compiler("NVCC", ("nvcc",)) or _usual_nvcc()
+    compiler = find_nvcc()
     if compiler is None:
         line = compile_line(source.stem, "cuda", machine)
         raise UserError(f"nvcc was not found; take {source} where the CUDA toolkit is and compile it: {line}")
-    version = _nvcc_version(compiler)
+    version = nvcc_version(compiler)
     if version < OLDEST_CUDA:
         raise UserError(
             f"{compiler[0]} is of CUDA {version[0]}.{version[1]}, but {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or later is needed; "
@@ -95,12 +105,8 @@ def _compile_cuda(source: Path, program: Path, machine: Architecture, more: Sequ
     return build
 
 
-def _usual_nvcc() -> tuple[str, ...] | None:
-    """nvcc where the toolkit's installer puts it, if PATH lacks it."""
-    return (USUAL_NVCC,) if os.access(USUAL_NVCC, os.X_OK) else None
-
-
-def _nvcc_version(compiler: Sequence[str]) -> tuple[int, int]:
+def nvcc_version(compiler: Sequence[str]) -> tuple[int, int]:
+    """(12, 4) for CUDA 12.4. Raises UserError if it does not say."""
     result = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+)\.(\d+)", result.stdout)
     if not found:
@@ -109,12 +115,12 @@ def _nvcc_version(compiler: Sequence[str]) -> tuple[int, int]:
 
 
 def _compile_c(source: Path, program: Path, profile: Profile, more: Sequence[str]) -> Build:
-    compiler = _find_compiler("CC", C_COMPILERS)
+    compiler = find_c()
     if compiler is None:
         line = compile_line(source.stem, "c", profile)
         raise UserError(f"no C compiler found (gcc, clang or cc); take {source} where there is one and compile it: {line}")
     cflags = shlex.split(os.environ.get("CFLAGS", ""))
-    openmp = _probe_openmp(compiler, cflags)
+    openmp = find_openmp(compiler, cflags)
     notice = ""
     if not openmp:
         notice = f"{compiler[0]} has no OpenMP here: the program will use ONE thread; install libomp or use gcc"
@@ -132,7 +138,7 @@ def _find_compiler(variable: str, names: Sequence[str]) -> tuple[str, ...] | Non
     return tuple(named) or ((found,) if found else None)
 
 
-def _probe_openmp(compiler: Sequence[str], cflags: Sequence[str]) -> tuple[str, ...]:
+def find_openmp(compiler: Sequence[str], cflags: Sequence[str] = ()) -> tuple[str, ...]:
     """The flags with which this compiler links an OpenMP program; () if none do."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")

@@ -1,13 +1,15 @@
 """The examples run as they stand."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from llmgen import config
+from llmgen import config, flags
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -57,3 +59,33 @@ def test_fine_tuning_a_huggingface_model_and_going_back(example, tmp_path):
     changed = (after.transformer.wpe.weight - before.transformer.wpe.weight).abs().max().item()
     assert 0 < changed <= 2 * 3.01e-5, "two steps of AdamW at 3e-5"
     assert torch.isfinite(after.lm_head.weight).all()
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(example, tmp_path):
+    lines = example("resume.sh", "90")
+    assert lines[-1] == "the same model, bit for bit"
+    assert any(re.fullmatch(r"stopped with exit status 143: stopped after step \d+", line) for line in lines)
+
+
+def test_two_runs_in_one_plot(example, tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = example("compare-runs.sh", "20")
+    assert lines[-2].startswith("gpt2: step 20, loss ") and lines[-1].startswith("modern: step 20, loss ")
+    assert (tmp_path / "work" / "curves.png").is_file()
+
+
+def test_the_fineweb_recipe_asks_for_what_there_is(tmp_path):
+    """Nothing is downloaded or trained: the commands are written down instead, and each flag is looked up."""
+    for name in ("hf", "llmgen"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/said\n')
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "fineweb" / "text").mkdir(parents=True)
+    subprocess.run([EXAMPLES / "fineweb-gpt2-124m.sh"], cwd=tmp_path, env=env, check=True)
+    said = [shlex.split(line) for line in (tmp_path / "said").read_text().splitlines()]
+    assert [words[:2] for words in said] == [["hf", "download"], *(["llmgen", w] for w in ("export-tokens", "run", "plot"))]
+    given = [word for word in said[2][said[2].index("--") :] if word.startswith("--") and word != "--"]
+    known = {f"--{flag.name}" for flag in flags.program_flags(config.load("gpt2-124m", target="cuda"))}
+    assert set(given) <= known and len(given) == len(set(given)) > 10
+    made = config.load("gpt2-124m", target="cuda").program
+    assert 524288 % (made.batch_size * made.seq_len) == 0 and 19073 == 10**10 // 524288

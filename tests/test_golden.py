@@ -44,7 +44,7 @@ def test_the_source_reads_as_if_written_by_hand():
     lines = text.split("\n")
     assert not re.search(r"{{|{%|{#|%}|\t| \n|\n\n\n\n", text), "traces of a template"
     assert max(map(len, lines)) <= 128
-    assert len(lines) <= 2400
+    assert len(lines) <= 2800
     assert text.startswith("/* train_gpt2.c: trains ") and text.isascii()
 
 

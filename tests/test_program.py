@@ -201,7 +201,10 @@ def test_training_lowers_the_loss_and_logs_what_it_prints(run, data, tmp_path):
     rows = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 41))
-    assert all(set(row) == {"step", "loss", "grad_norm", "lr", "ms", "tokens_per_second"} for row in steps)
+    keys = {"step", "loss", "grad_norm", "lr", "ms", "tokens_per_second", "flops_per_second", "memory"}
+    assert all(set(row) == keys and row["memory"] == PLAN.memory.total(2) for row in steps)
+    flops = [row["flops_per_second"] / row["tokens_per_second"] for row in steps]
+    assert flops == pytest.approx([PLAN.flops_per_token] * 40, rel=1e-6)
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 15, 30, 40]
     assert losses(lines) == [f"loss {row['loss']:.6f}" for row in steps]
     assert [line for line in lines if "val loss" in line] == [

@@ -101,6 +101,18 @@ def test_on_a_terminal_one_line_moves_and_the_rest_stays(program):
     assert "memory: 10 bytes\r\n" in shown and "def f(x):\r\n" in shown
 
 
+def test_the_live_view_draws_the_losses_where_there_is_room():
+    progress = runner._Progress()
+    for step in range(1, 5001):
+        progress.update(step, 5000, f"{5000 - step}.5", 100.0)
+    assert len(progress.losses) < 4 * runner.SPARKS, "however long the run is"
+    assert progress.line(200).endswith(" | " + progress.line(200)[-runner.SPARKS :])
+    blocks = progress.line(200)[-runner.SPARKS :]
+    assert blocks[0] == "█" and blocks[-1] == "▁" and list(blocks) == sorted(blocks, reverse=True)
+    for width in (40, 60, 80, 100):
+        assert len(progress.line(width)) < width
+
+
 def test_ctrl_c_on_a_terminal_reaches_the_program_once(program):
     shown, status = on_a_terminal(program, "wait", ctrl_c_after=b"def f(x)")
     assert status == 130

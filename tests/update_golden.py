@@ -6,15 +6,22 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whichever llmgen is installed
 
-from llmgen import config, plan, render  # noqa: E402
+from llmgen import config, generation, plan, render  # noqa: E402
 
-GOLDEN = {ROOT / "generated" / "gpt2-124m" / "train_gpt2.c": ("gpt2-124m", "c", "x86-64-v3")}  # path -> preset, target, --cpu
+FOLDER = ROOT / "generated" / "gpt2-124m"
+GOLDEN = {  # path -> preset, target, --cpu or --arch
+    FOLDER / "train_gpt2.c": ("gpt2-124m", "c", "x86-64-v3"),
+    FOLDER / "train_gpt2.cu": ("gpt2-124m", "cuda", "sm_80"),
+    FOLDER / "generate_gpt2.c": ("gpt2-124m", "c", "x86-64-v3"),
+}
 
 
 def rendered(path: Path) -> str:
     """What the committed source should be."""
-    name, target, cpu = GOLDEN[path]
-    return render.source(plan.make(config.load(name, target=target), target, cpu))
+    name, target, machine = GOLDEN[path]
+    if path.name.startswith("generate"):
+        return render.generation(generation.make(config.load(name, target=target), target, machine))
+    return render.source(plan.make(config.load(name, target=target), target, machine, machine))
 
 
 if __name__ == "__main__":

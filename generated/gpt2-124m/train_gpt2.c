@@ -34,14 +34,17 @@
  */
 #define _XOPEN_SOURCE 700 /* POSIX 2008, and realpath() */
 #define _DEFAULT_SOURCE   /* madvise(), where there is one */
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <glob.h>
+#include <inttypes.h>
+#include <libgen.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -214,7 +217,13 @@ static float *thread_scratch; /* (num_threads, THREAD_SCRATCH) */
 
 /* ---- basics: errors, output, memory, time, random numbers, signals ----------------------------------------------- */
 
-static char *volatile temporary_path;  /* the file being written, if any: removed when the program fails */
+/* The file being written, if any, and one that is worthless without it: removed when the program fails. */
+static char *volatile temporary_path, *volatile companion_path;
+
+static void remove_unfinished(void) {
+    if (temporary_path) unlink(temporary_path);
+    if (companion_path) unlink(companion_path);
+}
 
 /* Ends the program with one line on stderr: what is wrong, where, what to do. */
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...) {
@@ -224,7 +233,7 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, cons
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
-    if (temporary_path) unlink(temporary_path);
+    remove_unfinished();
     exit(status);
 }
 
@@ -296,7 +305,7 @@ static volatile sig_atomic_t stop_signal;
 
 static void handle_stop(int signal_number) {
     if (stop_signal) {
-        if (temporary_path) unlink(temporary_path);
+        remove_unfinished();
         _exit(128 + signal_number);
     }
     stop_signal = signal_number;
@@ -316,12 +325,13 @@ static void handle_signals(void) {
 /* ---- settings: what the flags say -------------------------------------------------------------------------------- */
 
 typedef struct {
-    const char *load, *save, *save_dtype, *train_data, *val_data, *tokenizer, *log_dir, *lr_schedule, *prompt_tokens,
-        *debug_state;
+    const char *load, *save, *save_dtype, *train_data, *val_data, *eval_data, *tokenizer, *log_dir, *lr_schedule,
+        *prompt_tokens, *debug_state;
     int steps, total_batch_size, batch_size, seq_len, warmup_steps, val_every, val_steps, sample_every, sample_length,
-        seed;
-    int shuffle;
-    double learning_rate, final_lr_fraction, weight_decay, beta1, beta2, epsilon, grad_clip, temperature;
+        seed, checkpoint_every, checkpoint_keep, checkpoint_major;
+    int shuffle, overfit_batch, resume;
+    double learning_rate, final_lr_fraction, weight_decay, beta1, beta2, epsilon, grad_clip, temperature, skip_loss_z,
+        skip_norm_z;
 } Settings;
 
 /* ---- files ------------------------------------------------------------------------------------------------------- */
@@ -377,11 +387,20 @@ static void forget_output(void) {
     free(output_target);
 }
 
+/* Only then is what was renamed sure to outlast a power cut. Some file systems cannot, and need not. */
+static void sync_folder(char *path) {
+    const int folder = open(dirname(path), O_RDONLY);
+    if (folder < 0) return;
+    fsync(folder);
+    close(folder);
+}
+
 static void close_output(FILE *file) {
     if (fflush(file) != 0) die_writing(output_path);
     if (temporary_path && fsync(fileno(file)) != 0) die_writing(output_path);
     if (fclose(file) != 0) die_writing(output_path);
     if (temporary_path && rename(temporary_path, output_target) != 0) die_writing(output_path);
+    if (temporary_path) sync_folder(output_target);
     forget_output();
 }
 
@@ -1458,10 +1477,10 @@ static void evaluate(const int *tokens, const int *targets, int b, int t, int fi
     classifier_forward(eval.losses, eval.logits, eval.lnf + first*C, params.wte, targets + first, b*t - first);
 }
 
-/* Clips the gradients to a global norm of at most grad_clip and applies AdamW; step counts from 1. Returns the norm before
- * clipping. */
-static float update(const Settings *s, float learning_rate, int step) {
-    const double norm = sqrt(sum_of_squares(grads_memory, PARAMETER_VALUES));
+static double gradient_norm(void) { return sqrt(sum_of_squares(grads_memory, PARAMETER_VALUES)); }
+
+/* Clips the gradients, whose norm is given, to one of at most grad_clip and applies AdamW; step counts from 1. */
+static void update(const Settings *s, double norm, float learning_rate, int step) {
     const float grad_scale = s->grad_clip > 0.0 && norm > s->grad_clip ? (float)(s->grad_clip / norm) : 1.0f;
     for (int i = 0; i < NUM_TENSORS; i++) {
         const TensorRow *row = &parameter_table[i];
@@ -1470,7 +1489,6 @@ static float update(const Settings *s, float learning_rate, int step) {
                      learning_rate, row->decays ? (float)s->weight_decay : 0.0f, (float)s->beta1, (float)s->beta2,
                      (float)s->epsilon, step);
     }
-    return (float)norm;
 }
 
 /* ---- weights: initialise, load, save ----------------------------------------------------------------------------- */
@@ -1551,7 +1569,30 @@ static void write_bf16(FILE *file, const float *values, size_t count) {
     }
 }
 
-/* Header, then the tensors of parameter_table back to back, each stacked over the layers. */
+/* The tensors of parameter_table back to back, each stacked over the layers: weights, moments or gradients. */
+static void read_tensors(FILE *file, float *memory, int is_bf16, const char *path) {
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        const TensorRow *row = &parameter_table[i];
+        for (int l = 0; l < row->layers; l++) {
+            float *values = memory + row->offset + (size_t)l * row->stride;
+            if (is_bf16) read_bf16(file, values, row->count, path);
+            else read_input(file, values, row->count * sizeof(float), path);
+        }
+    }
+}
+
+static void write_tensors(FILE *file, const float *memory, int as_bf16) {
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        const TensorRow *row = &parameter_table[i];
+        for (int l = 0; l < row->layers; l++) {
+            const float *values = memory + row->offset + (size_t)l * row->stride;
+            if (as_bf16) write_bf16(file, values, row->count);
+            else write_output(file, values, row->count * sizeof(float));
+        }
+    }
+}
+
+/* Header, tensors. */
 static void load_weights(const char *path) {
     int32_t header[HEADER_INTS];
     int64_t bytes;
@@ -1571,14 +1612,7 @@ static void load_weights(const char *path) {
     const int is_bf16 = header[1] == WEIGHTS_BF16;
     check_bytes(bytes, count_parameters() * (is_bf16 ? 2 : 4), path);
     if (is_bf16) say("%s: bf16, converted to fp32\n", path);
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        const TensorRow *row = &parameter_table[i];
-        for (int l = 0; l < row->layers; l++) {
-            float *values = params_memory + row->offset + (size_t)l * row->stride;
-            if (is_bf16) read_bf16(file, values, row->count, path);
-            else read_input(file, values, row->count * sizeof(float), path);
-        }
-    }
+    read_tensors(file, params_memory, is_bf16, path);
     fclose(file);
 }
 
@@ -1588,16 +1622,8 @@ static void save_weights(const char *path, int as_bf16) {
     for (int i = 0; i < WEIGHTS_HEADER; i++) header[2 + i] = weights_header[i].value;
     FILE *file = open_output(path);
     write_output(file, header, HEADER_BYTES);
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        const TensorRow *row = &parameter_table[i];
-        for (int l = 0; l < row->layers; l++) {
-            const float *values = params_memory + row->offset + (size_t)l * row->stride;
-            if (as_bf16) write_bf16(file, values, row->count);
-            else write_output(file, values, row->count * sizeof(float));
-        }
-    }
+    write_tensors(file, params_memory, as_bf16);
     close_output(file);
-    say("saved %s\n", path);
 }
 
 /* ---- data: shards of tokens -------------------------------------------------------------------------------------- */
@@ -1674,8 +1700,9 @@ static Loader open_data(const char *flag, const char *pattern) {
     return data;
 }
 
-/* Sample k, counted through all shards and, after the last, from the first again: (BT+1) tokens. */
-static const int *load_sample(Loader *data, int64_t k) {
+/* Opens the shard of sample k, counted through all shards and, after the last, from the first again. `first` is the token
+ * of the shard that the sample begins with. */
+static const Shard *open_shard(Loader *data, int64_t k, int64_t *first) {
     int s = 0;
     for (k %= data->num_samples; k >= data->shards[s].num_samples; s++) k -= data->shards[s].num_samples;
     const Shard *shard = &data->shards[s];
@@ -1684,8 +1711,16 @@ static const int *load_sample(Loader *data, int64_t k) {
         data->file = fopen(shard->path, "rb");
         data->open_shard = s;
     }
-    const int64_t first = k * BT;
-    if (!data->file || fseeko(data->file, (off_t)(HEADER_BYTES + first * shard->token_bytes), SEEK_SET) != 0) {
+    if (!data->file) die(1, "%s: cannot be read: %s", shard->path, strerror(errno));
+    *first = k * BT;
+    return shard;
+}
+
+/* (BT+1) tokens. */
+static const int *load_sample(Loader *data, int64_t k) {
+    int64_t first;
+    const Shard *shard = open_shard(data, k, &first);
+    if (fseeko(data->file, (off_t)(HEADER_BYTES + first * shard->token_bytes), SEEK_SET) != 0) {
         die(1, "%s: cannot be read: %s", shard->path, strerror(errno));
     }
     read_input(data->file, data->bytes, (size_t)shard->token_bytes * (BT + 1), shard->path);
@@ -1726,13 +1761,27 @@ static int64_t shuffled(int64_t k, int64_t n, uint64_t seed) {
     return (int64_t)x;
 }
 
-/* The k-th sample of the training: with --shuffle each epoch has an order of its own, in which every sample comes once. */
-static const int *load_training_sample(const Settings *s, Loader *data, int64_t k) {
+/* The sample that training takes as its k-th: with --shuffle each epoch has an order of its own, in which every sample comes
+ * once; with --overfit-batch those of the first step come again and again. */
+static int64_t training_sample(const Settings *s, const Loader *data, int64_t k) {
     const int64_t n = data->num_samples;
-    return load_sample(data, s->shuffle ? shuffled(k % n, n, mix_bits((uint64_t)s->seed) + (uint64_t)(k / n)) : k);
+    if (s->overfit_batch) k %= s->total_batch_size / BT;
+    return s->shuffle ? shuffled(k % n, n, mix_bits((uint64_t)s->seed) + (uint64_t)(k / n)) : k;
 }
 
-/* ---- tokenizer and sampler --------------------------------------------------------------------------------------- */
+/* Has the system read a sample while the model computes, where it can be told to. */
+static void prefetch_sample(Loader *data, int64_t k) {
+    int64_t first;
+    const Shard *shard = open_shard(data, k, &first);
+#ifdef POSIX_FADV_WILLNEED
+    posix_fadvise(fileno(data->file), (off_t)(HEADER_BYTES + first * shard->token_bytes),
+                  (off_t)shard->token_bytes * (BT + 1), POSIX_FADV_WILLNEED);
+#else
+    (void)shard;
+#endif
+}
+
+/* ---- tokenizer --------------------------------------------------------------------------------------------------- */
 
 enum { TOKENIZER_MAGIC = 20240328 };
 
@@ -1796,6 +1845,8 @@ static void print_token(int token) {
     say("%d ", token);
 }
 
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
+
 enum { WINDOW = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT };
 
 /* What samples go on from: (prompt_length) tokens, an end-of-text unless --prompt-tokens names others. */
@@ -1834,7 +1885,8 @@ static int draw_token(const float *logits, double temperature, double coin) {
 static void print_sample(const Settings *s, int step) {
     static int tokens[WINDOW];
     if (prompt_length == 0) prompt[prompt_length++] = tokenizer.end_of_text;
-    const int window = s->prompt_tokens ? WINDOW : T;
+    int window = T;
+    if (s->prompt_tokens) window = WINDOW;
     int t = prompt_length;
     memcpy(tokens, prompt, (size_t)t * sizeof(int));
     say("sample at step %d:\n", step);
@@ -1851,17 +1903,336 @@ static void print_sample(const Settings *s, int step) {
     say("\n");
 }
 
+/* ---- checkpoints ------------------------------------------------------------------------------------------------- */
+
+/* What changes from step to step beside the tensors. Random numbers have no state: they follow from --seed and counters. */
+enum { RECENT = 128 };
+
+typedef struct {
+    double values[RECENT]; /* the last ones, in a ring */
+    int64_t count;         /* of all there were */
+} Recent;
+
+typedef struct {
+    int step;              /* optimizer steps taken */
+    int64_t samples;       /* training samples taken */
+    Recent losses, norms;
+} Progress;
+
+/* A checkpoint of step 40 in --log-dir is model_00000040.bin, the weights; state_00000040_00000.bin, all else that a run
+ * needs to go on to the same bits; and, written last, DONE_00000040, the checksums of both. Names and state are llm.c's; of
+ * the state's header the entries from 40 on are ours, and so are the recent losses and norms behind the moments. */
+enum {
+    STATE_MAGIC = 20240527,
+    STATE_VERSION = 2,
+    STATE_PROCESSES = 2,
+    STATE_MASTER_WEIGHTS = 4,
+    STATE_SHUFFLE = 5,
+    STATE_STEP = 10,
+    STATE_SEED = 20,
+    STATE_SHARD = 30,
+    STATE_SAMPLE = 32,
+    STATE_SAMPLES = 40,
+    STATE_LOSSES = 42,
+    STATE_NORMS = 44,
+    STATE_BATCH_SIZE = 46,
+    STATE_SEQ_LEN = 48,
+    STATE_TOTAL_BATCH_SIZE = 50,
+    STATE_DATA_TOKENS = 52,
+};
+enum { MODEL, STATE, DONE, CHECKPOINT_FILES };
+
+static char *checkpoint[CHECKPOINT_FILES];  /* the paths of the checkpoint in hand */
+
+static void name_checkpoint(const char *folder, int step) {
+    static const char *const before[] = { "model", "state", "DONE" }, *const behind[] = { ".bin", "_00000.bin", "" };
+    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+        const size_t size = strlen(folder) + 40;
+        free(checkpoint[i]);
+        checkpoint[i] = (char *)allocate(size);
+        snprintf(checkpoint[i], size, "%s/%s_%08d%s", folder, before[i], step, behind[i]);
+    }
+}
+
+/* The latest step before another that has a checkpoint, whole or not; 0 if none has. */
+static int latest_checkpoint(const char *folder, int before) {
+    int latest = 0, step, end;
+    DIR *entries = opendir(folder);
+    if (!entries) die(1, "%s: cannot be read: %s", folder, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(entries)) != NULL;) {
+        if (sscanf(entry->d_name, "DONE_%d%n", &step, &end) != 1 || entry->d_name[end]) continue;
+        if (step > latest && step < before) latest = step;
+    }
+    closedir(entries);
+    return latest;
+}
+
+/* The sum over a file's 64-bit words of their mixed bits, each with its place: no change of one word goes unseen.
+ * A file that cannot be read has none: 0. */
+static uint64_t checksum(const char *path) {
+    static uint64_t words[1 << 13];
+    uint64_t sum = 0, bytes = 0;
+    FILE *file = fopen(path, "rb");
+    if (!file) return 0;
+    for (size_t got = sizeof words; got == sizeof words; bytes += got) {
+        got = fread(words, 1, sizeof words, file);
+        memset((char *)words + got, 0, sizeof words - got);
+        for (size_t i = 0; i < (got + 7) / 8; i++) sum += mix_bits(words[i] ^ mix_bits(bytes / 8 + i));
+    }
+    const int failed = ferror(file);
+    fclose(file);
+    return failed ? 0 : sum + mix_bits(bytes);
+}
+
+/* Fills in the header's entries of 64 bits; or, of a header that was read, names the settings that have changed since. */
+static void state_entries(int32_t header[HEADER_INTS], const Settings *s, Loader *data, const Progress *run, int was_read) {
+    int64_t first, before;
+    const Shard *shard = open_shard(data, training_sample(s, data, run->samples), &first);
+    const struct { int at; int64_t value; const char *setting; } entries[] = {
+        { STATE_SHARD, shard - data->shards, NULL },
+        { STATE_SAMPLE, first / BT, NULL },
+        { STATE_SAMPLES, run->samples, NULL },
+        { STATE_LOSSES, run->losses.count, NULL },
+        { STATE_NORMS, run->norms.count, NULL },
+        { STATE_BATCH_SIZE, B, "--batch-size" },
+        { STATE_SEQ_LEN, T, "--seq-len" },
+        { STATE_TOTAL_BATCH_SIZE, s->total_batch_size, "--total-batch-size" },
+        { STATE_SHUFFLE, s->shuffle, "--shuffle" },
+        { STATE_SEED, s->seed, "--seed" },
+        { STATE_DATA_TOKENS, data->num_samples * BT, "--train-data, in tokens," },
+    };
+    for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
+        memcpy(&before, header + entries[i].at, sizeof before);
+        if (!was_read) memcpy(header + entries[i].at, &entries[i].value, sizeof before);
+        else if (entries[i].setting && before != entries[i].value) {
+            say("%s was %lld and is %lld now\n", entries[i].setting, (long long)before, (long long)entries[i].value);
+        }
+    }
+}
+
+static void write_state(const char *path, const Settings *s, Loader *data, const Progress *run) {
+    int32_t header[HEADER_INTS] = { STATE_MAGIC, STATE_VERSION };
+    header[STATE_PROCESSES] = 1;
+    header[STATE_STEP] = run->step;
+    state_entries(header, s, data, run, 0);
+    FILE *file = open_output(path);
+    write_output(file, header, HEADER_BYTES);
+    write_tensors(file, moment1_memory, 0);
+    write_tensors(file, moment2_memory, 0);
+    write_output(file, run->losses.values, sizeof run->losses.values);
+    write_output(file, run->norms.values, sizeof run->norms.values);
+    close_output(file);
+}
+
+static int64_t state_entry(const int32_t header[HEADER_INTS], int at) {
+    int64_t value;
+    memcpy(&value, header + at, sizeof value);
+    return value;
+}
+
+static void read_state(const char *path, const Settings *s, Loader *data, Progress *run) {
+    int32_t header[HEADER_INTS];
+    int64_t bytes;
+    FILE *file = open_input(path, header, &bytes);
+    if (header[0] != STATE_MAGIC || header[1] != STATE_VERSION) {
+        die(1, "%s: magic number %d and version %d, not %d and %d; another trainer wrote it", path, header[0], header[1],
+            STATE_MAGIC, STATE_VERSION);
+    }
+    const int masters = header[STATE_MASTER_WEIGHTS];
+    check_bytes(bytes, (masters ? 3 : 2) * 4 * count_parameters() + 2 * (int64_t)sizeof run->losses.values, path);
+    read_tensors(file, moment1_memory, 0, path);
+    read_tensors(file, moment2_memory, 0, path);
+    if (masters) read_tensors(file, params_memory, 0, path);  /* what a model in bf16 was rounded from */
+    read_input(file, run->losses.values, sizeof run->losses.values, path);
+    read_input(file, run->norms.values, sizeof run->norms.values, path);
+    fclose(file);
+    run->step = header[STATE_STEP];
+    run->losses.count = state_entry(header, STATE_LOSSES);
+    run->norms.count = state_entry(header, STATE_NORMS);
+    const int64_t tokens = state_entry(header, STATE_BATCH_SIZE) * state_entry(header, STATE_SEQ_LEN);
+    run->samples = state_entry(header, STATE_SAMPLES) * tokens / BT;  /* another micro-batch begins at the same token */
+    state_entries(header, s, data, run, 1);
+}
+
+/* All but the latest few and the major ones go. DONE goes last: a removal that was cut short is taken up again. */
+static void remove_old_checkpoints(const Settings *s) {
+    int kept = 0;
+    for (int step = INT_MAX; (step = latest_checkpoint(s->log_dir, step)) > 0;) {
+        if (kept++ < s->checkpoint_keep || (s->checkpoint_major > 0 && step % s->checkpoint_major == 0)) continue;
+        name_checkpoint(s->log_dir, step);
+        for (int i = 0; i < CHECKPOINT_FILES; i++) unlink(checkpoint[i]);
+    }
+}
+
+static void save_checkpoint(const Settings *s, Loader *data, const Progress *run) {
+    name_checkpoint(s->log_dir, run->step);
+    save_weights(checkpoint[MODEL], 0);
+    companion_path = checkpoint[MODEL];
+    write_state(checkpoint[STATE], s, data, run);
+    FILE *file = open_output(checkpoint[DONE]);
+    for (int i = MODEL; i <= STATE; i++) {
+        if (fprintf(file, "%016" PRIx64 "\n", checksum(checkpoint[i])) < 0) die_writing(checkpoint[DONE]);
+    }
+    close_output(file);
+    companion_path = NULL;
+    say("saved checkpoint %d in %s\n", run->step, s->log_dir);
+    if (s->checkpoint_keep > 0) remove_old_checkpoints(s);
+}
+
+/* Which file of the checkpoint in hand is not as it was written; NULL if none is. */
+static const char *damaged_file(void) {
+    uint64_t sums[2];
+    FILE *file = fopen(checkpoint[DONE], "r");
+    const int known = file && fscanf(file, "%" SCNx64 "%" SCNx64, &sums[MODEL], &sums[STATE]) == 2;
+    if (file) fclose(file);
+    if (!known) return checkpoint[DONE];
+    if (checksum(checkpoint[MODEL]) != sums[MODEL]) return checkpoint[MODEL];
+    return checksum(checkpoint[STATE]) != sums[STATE] ? checkpoint[STATE] : NULL;
+}
+
+/* Takes up the latest checkpoint that is whole; returns whether there is any. */
+static int load_checkpoint(const Settings *s, Loader *data, Progress *run) {
+    for (int step = latest_checkpoint(s->log_dir, INT_MAX); step > 0;) {
+        name_checkpoint(s->log_dir, step);
+        const char *damaged = damaged_file();
+        if (!damaged) {
+            load_weights(checkpoint[MODEL]);
+            read_state(checkpoint[STATE], s, data, run);
+            say("resumed after step %d from %s\n", run->step, checkpoint[STATE]);
+            return 1;
+        }
+        step = latest_checkpoint(s->log_dir, step);
+        if (step == 0) die(1, "%s is damaged or missing, and no other checkpoint is there; use another --log-dir", damaged);
+        say("%s is damaged or missing: the checkpoint of step %d is used\n", damaged, step);
+    }
+    say("no checkpoint in %s: the run begins at its first step\n", s->log_dir);
+    return 0;
+}
+
+/* ---- multiple choice: which of several endings does the model find likeliest? ------------------------------------ */
+
+enum {
+    EXAMPLES_MAGIC = 20240522,
+    EXAMPLES_VERSION = 1,
+    EXAMPLE_BEGIN = 65535,  /* stands before each example */
+    MOST_TOKENS = EVAL_TOKENS < MAXT ? EVAL_TOKENS : MAXT,  /* of a context and an ending that evaluate takes */
+};
+
+/* All of a file behind its header, as uint16. An example is EXAMPLE_BEGIN, its length in bytes, its index, the number of the
+ * right ending, the number of endings; then the context and each ending, as a length and so many tokens. */
+static struct {
+    uint16_t *values;
+    int count;  /* examples */
+} examples;
+
+__attribute__((noreturn)) static void die_example(int example, const char *path, const char *what) {
+    die(1, "%s: example %d: %s; export it again with this model's tokenizer", path, example, what);
+}
+
+static void load_examples(const char *path) {
+    int32_t header[HEADER_INTS];
+    int64_t bytes;
+    FILE *file = open_input(path, header, &bytes);
+    if (header[0] != EXAMPLES_MAGIC || header[1] != EXAMPLES_VERSION) {
+        die(1, "%s: not an evaluation file: it begins with %d, version %d, not %d, version %d; name another", path, header[0],
+            header[1], EXAMPLES_MAGIC, EXAMPLES_VERSION);
+    }
+    examples.values = (uint16_t *)allocate((size_t)bytes);
+    examples.count = header[2];
+    read_input(file, examples.values, (size_t)bytes, path);
+    fclose(file);
+    const uint16_t *end = examples.values + bytes / 2, *at = examples.values;
+    for (int i = 0; i < examples.count; i++) {
+        if (end - at < 6 || at[0] != EXAMPLE_BEGIN || at[1] / 2 > end - at) die_example(i, path, "the file is damaged");
+        const uint16_t *next = at + at[1] / 2, endings = at[4];
+        if (at[3] >= endings) die_example(i, path, "none of its endings is the right one");
+        at += 5;
+        for (int part = 0; part <= endings; part++) {
+            const int tokens = at < next ? *at : 0;
+            if (tokens == 0 || tokens >= next - at) die_example(i, path, "it has an empty part, or is damaged");
+            if (part > 0 && tokens >= MOST_TOKENS) die_example(i, path, "an ending is longer than the model's sequences");
+            for (int t = 1; t <= tokens; t++) {
+                if (at[t] >= V) die_example(i, path, "it has a token that is not below vocab_size");
+            }
+            at += 1 + tokens;
+        }
+        if (at != next) die_example(i, path, "the file is damaged");
+    }
+    if (examples.count < 1 || at != end) die(1, "%s: its length is not what its header says; it is damaged", path);
+    say("%s: %d examples\n", path, examples.count);
+}
+
+/* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
+static double ending_loss(const uint16_t *context, const uint16_t *ending) {
+    static int tokens[MOST_TOKENS];
+    const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
+    for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
+    for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
+    const int *inputs = tokens;
+    evaluate(inputs, inputs + 1, 1, n - 1, kept - 1);
+    const float *losses = eval.losses;
+    double sum = 0.0;
+    for (int t = 0; t < ending[0]; t++) sum += (double)losses[t];
+    return sum / ending[0];
+}
+
+/* In how many examples the right ending has the least mean loss; -1 after a signal. */
+static int count_right_answers(void) {
+    const uint16_t *example = examples.values;
+    int right = 0;
+    for (int i = 0; i < examples.count; i++, example += example[1] / 2) {
+        const uint16_t *context = example + 5, *ending = context + 1 + context[0];
+        double least_loss = INFINITY;
+        int answer = 0;
+        for (int e = 0; e < example[4]; e++, ending += 1 + ending[0]) {
+            if (stop_signal) return -1;
+            const double loss = ending_loss(context, ending);
+            if (loss >= least_loss) continue;
+            least_loss = loss;
+            answer = e;
+        }
+        right += answer == example[3];
+    }
+    return right;
+}
+
 /* ---- training ---------------------------------------------------------------------------------------------------- */
+
+static const double FLOPS_PER_TOKEN = 746264064; /* forward and backward; a multiply-add is 2 */
 
 static FILE *metrics;       /* metrics.jsonl in --log-dir: one object a line, complete at any moment */
 static char *metrics_path;
+static int last_validated = -1, last_evaluated = -1; /* the last steps of which it has the figures */
 
+/* Its lock keeps a second run out of the folder. */
 static void open_metrics(const char *folder) {
     const size_t size = strlen(folder) + sizeof "/metrics.jsonl";
+    struct flock lock;
     metrics_path = (char *)allocate(size);
     snprintf(metrics_path, size, "%s/metrics.jsonl", folder);
-    metrics = fopen(metrics_path, "w");
-    if (!metrics) die_writing(metrics_path);
+    const int descriptor = open(metrics_path, O_RDWR | O_CREAT | O_APPEND, 0666);
+    if (descriptor < 0 || (metrics = fdopen(descriptor, "a+")) == NULL) die_writing(metrics_path);
+    memset(&lock, 0, sizeof lock);
+    lock.l_type = F_WRLCK;
+    if (is_device(metrics_path) || fcntl(descriptor, F_SETLK, &lock) == 0 || (errno != EACCES && errno != EAGAIN)) return;
+    fcntl(descriptor, F_GETLK, &lock);
+    die(1, "%s: process %d trains into this folder; name another --log-dir", metrics_path, (int)lock.l_pid);
+}
+
+/* Leaves the lines up to a step, but for one that was cut short; a run's later lines are yet to come. */
+static void keep_metrics(int last_step) {
+    char line[1024];
+    int step;
+    off_t end = 0;
+    rewind(metrics);
+    while (fgets(line, sizeof line, metrics) && strchr(line, '\n') && sscanf(line, "{\"step\": %d", &step) == 1) {
+        if (step > last_step) break;
+        if (strstr(line, "\"val_loss\"")) last_validated = step;
+        if (strstr(line, "\"accuracy\"")) last_evaluated = step;
+        end = ftello(metrics);
+    }
+    if (!is_device(metrics_path) && ftruncate(fileno(metrics), end) != 0) die_writing(metrics_path);
+    fseeko(metrics, 0, SEEK_END);
 }
 
 __attribute__((format(printf, 1, 2))) static void log_metrics(const char *format, ...) {
@@ -1900,6 +2271,13 @@ static void validate(const Settings *s, Loader *data, int step) {
     log_metrics("{\"step\": %d, \"val_loss\": %.9g}\n", step, loss);
 }
 
+static void answer_examples(int step) {
+    const int right = count_right_answers();
+    if (right < 0) return;
+    say("accuracy %.4f (%d of %d)\n", (double)right / examples.count, right, examples.count);
+    log_metrics("{\"step\": %d, \"accuracy\": %.9g}\n", step, (double)right / examples.count);
+}
+
 /* The rate of one of so many steps, counted from 1: a linear warmup, then down to final_lr_fraction of --lr. */
 static double scheduled_rate(const Settings *s, int step, int steps) {
     const double top = s->learning_rate, fall = top - top * s->final_lr_fraction;
@@ -1912,37 +2290,67 @@ static double scheduled_rate(const Settings *s, int step, int steps) {
     return step - 1 < steady ? top : top - fall * sqrt((step - 1 - steady) / (steps - steady));
 }
 
-/* One optimizer step (counted from 1) over total_batch_size tokens. */
-static void train_step(const Settings *s, Loader *data, int step, int steps) {
-    const int micro_batches = s->total_batch_size / BT;
+/* How far a value lies above the mean of the last ones, itself among them, in standard deviations; 0 while they are few. */
+static double z_score(Recent *recent, double value) {
+    double mean = 0.0, variance = 0.0;
+    recent->values[recent->count++ % RECENT] = value;
+    if (recent->count <= RECENT) return 0.0;
+    for (int i = 0; i < RECENT; i++) mean += recent->values[i] / RECENT;
+    for (int i = 0; i < RECENT; i++) variance += (recent->values[i] - mean) * (recent->values[i] - mean) / RECENT;
+    return variance > 0.0 ? (value - mean) / sqrt(variance) : 0.0;
+}
+
+/* Whether a value stands out so far that the step shall not change the weights; limit 0 is never. */
+static int is_outlier(Recent *recent, double value, double limit, const char *what, int step) {
+    const double z = z_score(recent, value);
+    if (limit == 0.0 || z <= limit) return 0;
+    say("step %d: no update: the %s is %.1f standard deviations above those before\n", step, what, z);
+    return 1;
+}
+
+/* One optimizer step over total_batch_size tokens. */
+static void train_step(const Settings *s, Loader *data, Progress *run, int steps) {
+    const int micro_batches = s->total_batch_size / BT, step = run->step + 1; /* counted from 1 */
     const double start = seconds(), learning_rate = scheduled_rate(s, step, steps);
     double loss = 0.0;
     for (int micro = 0; micro < micro_batches; micro++) {
-        const int *tokens = load_training_sample(s, data, (int64_t)(step - 1) * micro_batches + micro);
+        const int *tokens = load_sample(data, training_sample(s, data, run->samples++));
+        prefetch_sample(data, training_sample(s, data, run->samples));
         forward_backward(tokens, tokens + 1, 1.0f / (float)s->total_batch_size, micro);
         loss += mean_loss(acts.losses) / micro_batches;
     }
     check_finite((float)loss, "loss", step);
-    const float norm = update(s, (float)learning_rate, step);
-    check_finite(norm, "norm of the gradients", step);
+    const double norm = gradient_norm();
+    check_finite((float)norm, "norm of the gradients", step);
+    const int outlier_loss = is_outlier(&run->losses, loss, s->skip_loss_z, "loss", step);
+    const int outlier_norm = is_outlier(&run->norms, norm, s->skip_norm_z, "norm of the gradients", step);
+    if (!outlier_loss && !outlier_norm) update(s, norm, (float)learning_rate, step);
+    run->step = step;
     const double taken = seconds() - start, tokens_per_second = s->total_batch_size / taken;
     say("step %d/%d | loss %.6f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s\n", step, steps, loss, norm,
         learning_rate, 1e3 * taken, tokens_per_second);
     log_metrics("{\"step\": %d, \"loss\": %.9g, \"grad_norm\": %.9g, \"lr\": %.9g, \"ms\": %.9g, "
-                "\"tokens_per_second\": %.9g}\n", step, loss, norm, learning_rate, 1e3 * taken, tokens_per_second);
+                "\"tokens_per_second\": %.9g, \"flops_per_second\": %.9g, \"memory\": %zu}\n", step, loss, norm,
+                learning_rate, 1e3 * taken, tokens_per_second, tokens_per_second * FLOPS_PER_TOKEN, model_bytes);
 }
 
 /* Every n-th step and the last; n = 0 is never. */
 static int is_due(int step, int n, int last) { return n > 0 && (step % n == 0 || step == last); }
 
-/* Returns the number of steps taken: all, or fewer after a signal. */
-static int train(const Settings *s, Loader *train_data, Loader *val_data, int steps) {
-    for (int step = 0;; step++) {
-        if (val_data && s->val_steps > 0 && is_due(step, s->val_every, steps)) validate(s, val_data, step);
+/* Up to so many steps in all, or to a signal. A step that was resumed had its sample and its checkpoint. */
+static void train(const Settings *s, Loader *train_data, Loader *val_data, Progress *run, int steps) {
+    for (const int first = run->step;; train_step(s, train_data, run, steps)) {
+        const int step = run->step, is_new = step == 0 || step > first;
+        const int val_due = is_due(step, s->val_every, steps);
+        if (val_due && val_data && s->val_steps > 0 && step > last_validated) validate(s, val_data, step);
+        if (val_due && s->eval_data && step > last_evaluated) answer_examples(step);
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
-        if (sample_due && !stop_signal) print_sample(s, step);
-        if (step == steps || stop_signal) return step;
-        train_step(s, train_data, step + 1, steps);
+        if (is_new && sample_due && !stop_signal) print_sample(s, step);
+        if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {
+            fsync(fileno(metrics));
+            save_checkpoint(s, train_data, run);
+        }
+        if (step >= steps || stop_signal) return;
     }
 }
 
@@ -1979,13 +2387,7 @@ static void write_debug_state(const Settings *s, Loader *data) {
     }
     const float step_loss = (float)loss;
     write_output(file, &step_loss, sizeof step_loss);
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        const TensorRow *row = &parameter_table[i];
-        for (int l = 0; l < row->layers; l++) {
-            const float *values = grads_memory + row->offset + (size_t)l * row->stride;
-            write_output(file, values, row->count * sizeof(float));
-        }
-    }
+    write_tensors(file, grads_memory, 0);
     close_output(file);
     say("loss %.6f\nsaved %s\n", loss, s->debug_state);
 }
@@ -2005,8 +2407,9 @@ typedef struct {
 static const Settings default_settings = {
     .save_dtype = "fp32", .lr_schedule = "cosine", .steps = -1, .total_batch_size = 256, .batch_size = 4, .seq_len = 64,
     .warmup_steps = 0, .val_every = 20, .val_steps = 20, .sample_every = 0, .sample_length = 64, .seed = 1337,
-    .shuffle = 0, .learning_rate = 0.0003, .final_lr_fraction = 1.0, .weight_decay = 0.0, .beta1 = 0.9, .beta2 = 0.95,
-    .epsilon = 1e-08, .grad_clip = 1.0, .temperature = 1.0,
+    .checkpoint_every = 0, .checkpoint_keep = 0, .checkpoint_major = 0, .shuffle = 0, .overfit_batch = 0, .resume = 0,
+    .learning_rate = 0.0003, .final_lr_fraction = 1.0, .weight_decay = 0.0, .beta1 = 0.9, .beta2 = 0.95,
+    .epsilon = 1e-08, .grad_clip = 1.0, .temperature = 1.0, .skip_loss_z = 0.0, .skip_norm_z = 0.0,
 };
 
 static const Flag flags[] = {
@@ -2017,9 +2420,12 @@ static const Flag flags[] = {
     { "--train-data", "-i", "GLOB", TEXT, offsetof(Settings, train_data), 0,
       "token shards to train on, taken in order" },
     { "--val-data", "-j", "GLOB", TEXT, offsetof(Settings, val_data), 0, "token shards to validate on" },
+    { "--eval-data", "", "FILE", TEXT, offsetof(Settings, eval_data), 0,
+      "multiple-choice examples to answer whenever it validates" },
     { "--tokenizer", "", "FILE", TEXT, offsetof(Settings, tokenizer), 0,
       "table of the tokens' texts, to print samples" },
-    { "--log-dir", "-o", "DIR", TEXT, offsetof(Settings, log_dir), 0, "made if need be; gets metrics.jsonl" },
+    { "--log-dir", "-o", "DIR", TEXT, offsetof(Settings, log_dir), 0,
+      "made if need be; gets metrics.jsonl and checkpoints" },
     { "--steps", "-x", "N", INTEGER, offsetof(Settings, steps), -1,
       "optimizer steps; -1 is one epoch, 0 trains nothing" },
     { "--total-batch-size", "-d", "N", INTEGER, offsetof(Settings, total_batch_size), 0,
@@ -2055,6 +2461,19 @@ static const Flag flags[] = {
     { "--shuffle", "", "0|1", SWITCH, offsetof(Settings, shuffle), 0,
       "take the training data in an order of its own each epoch, by --seed" },
     { "--seed", "", "N", INTEGER, offsetof(Settings, seed), 0, "of the first weights, the samples and the shuffling" },
+    { "--overfit-batch", "-a", "0|1", SWITCH, offsetof(Settings, overfit_batch), 0,
+      "train on the first batch again and again" },
+    { "--checkpoint-every", "-n", "N", INTEGER, offsetof(Settings, checkpoint_every), 0,
+      "write a checkpoint to --log-dir every N steps and at the end; 0 is never" },
+    { "--checkpoint-keep", "-nk", "K", INTEGER, offsetof(Settings, checkpoint_keep), 0,
+      "keep the latest K checkpoints; 0 keeps all" },
+    { "--checkpoint-major", "-nm", "N", INTEGER, offsetof(Settings, checkpoint_major), 0,
+      "keep those of every N-th step for good; 0 is none" },
+    { "--resume", "-y", "0|1", SWITCH, offsetof(Settings, resume), 0,
+      "go on from the latest checkpoint in --log-dir, if there is one" },
+    { "--skip-loss-z", "-sl", "X", REAL, offsetof(Settings, skip_loss_z), 0,
+      "no update where the loss is X deviations above the last 128; 0 is off" },
+    { "--skip-norm-z", "-sg", "X", REAL, offsetof(Settings, skip_norm_z), 0, "the same for the norm of the gradients" },
     { "--debug-state", "", "FILE", TEXT, offsetof(Settings, debug_state), 0,
       "write logits, loss and gradients of the first step here; train nothing" },
 };
@@ -2127,7 +2546,10 @@ static void check_settings(const Settings *s) {
     if (strcmp(s->save_dtype, "fp32") != 0 && strcmp(s->save_dtype, "bf16") != 0) {
         die(1, "--save-dtype '%s' is neither fp32 nor bf16", s->save_dtype);
     }
-    if (!s->train_data && (s->debug_state || s->steps != 0)) {
+    if ((s->resume || s->checkpoint_every > 0) && !s->log_dir) {
+        die(2, "--log-dir is missing: checkpoints are written there, and read with --resume");
+    }
+    if (!s->train_data && (s->debug_state || s->resume || s->steps != 0)) {
         die(2, "--train-data is missing: name token shards, or give --steps 0 to train nothing");
     }
 }
@@ -2174,6 +2596,7 @@ int main(int argc, char **argv) {
     const Settings settings = parse_arguments(argc, argv);
     const Settings *s = &settings;
     static Loader train_data, val_data;
+    static Progress run;
 #ifdef _OPENMP
     num_threads = omp_get_max_threads();
     say("threads: %d\n", num_threads);
@@ -2185,25 +2608,38 @@ int main(int argc, char **argv) {
     /* Whatever can be wrong with files shows before the long work begins. */
     if (s->train_data) train_data = open_data("--train-data", s->train_data);
     if (s->val_data) val_data = open_data("--val-data", s->val_data);
+    if (s->eval_data) load_examples(s->eval_data);
     if (s->tokenizer) load_tokenizer(s->tokenizer);
     if (s->prompt_tokens) load_prompt(s->prompt_tokens);
     if (s->debug_state) prove_writable(s->debug_state);
     else if (s->save) prove_writable(s->save);
     if (s->log_dir) make_folder(s->log_dir);
+    if (s->log_dir && !s->debug_state) open_metrics(s->log_dir);
+    if (metrics && !s->resume && latest_checkpoint(s->log_dir, INT_MAX) > 0) {
+        die(1, "%s holds checkpoints of an earlier run; go on with --resume 1 or name another --log-dir", s->log_dir);
+    }
     int steps = s->steps;
     if (steps < 0 && !s->debug_state) steps = steps_of_an_epoch(s, &train_data);
 
     allocate_model();
     say("memory: %zu bytes\n", model_bytes);
-    if (s->load) load_weights(s->load);
-    else initialise_weights((uint64_t)s->seed);
+    if (s->resume && load_checkpoint(s, &train_data, &run)) {
+        if (steps >= 0 && run.step > steps) die(1, "--steps %d: the run has taken %d already; ask for more", steps, run.step);
+    } else if (s->load) {
+        load_weights(s->load);
+    } else {
+        initialise_weights((uint64_t)s->seed);
+    }
     if (s->debug_state) {
         write_debug_state(s, &train_data);
         return 0;
     }
-    if (s->log_dir) open_metrics(s->log_dir);
-    const int taken = train(s, &train_data, s->val_data ? &val_data : NULL, steps);
-    if (stop_signal) say("stopped after step %d\n", taken);
-    if (s->save && (taken > 0 || steps == 0)) save_weights(s->save, strcmp(s->save_dtype, "bf16") == 0);
+    if (metrics) keep_metrics(run.step > 0 ? run.step : -1);
+    train(s, &train_data, s->val_data ? &val_data : NULL, &run, steps);
+    if (stop_signal) say("stopped after step %d\n", run.step);
+    if (s->save && (run.step > 0 || steps == 0)) {
+        save_weights(s->save, strcmp(s->save_dtype, "bf16") == 0);
+        say("saved %s\n", s->save);
+    }
     return stop_signal ? 128 + stop_signal : 0;
 }

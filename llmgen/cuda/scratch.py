@@ -1,6 +1,7 @@
 """How much device memory the kernels need beside the tensors, and how many rows of logits exist at a time."""
 
 from llmgen.config import Config
+from llmgen.cuda import attention, elementwise, products
 from llmgen.cuda.architecture import Architecture
 from llmgen.graph import Graph
 
@@ -13,6 +14,24 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
     return -(-rows // max(parts, 1))
 
 
+def turns(graph: Graph, config: Config, machine: Architecture) -> int:
+    """Counters of the kernel that runs; only those for Hopper have some."""
+    precision = config.program.precision
+    if not machine.is_hopper or precision != "bf16":
+        return 0
+    return max(attention.COUNTERS, *(products.turns(shape, precision, True) for shape in products.shapes(graph)))
+
+
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     """The most that any one kernel needs: they run one after another."""
-    return 64 << 20
+    model, b, t = config.model, config.program.batch_size, config.program.seq_len
+    heads = model.num_heads + 2 * model.num_kv_heads
+    of_products = [
+        products.scratch_bytes(shape, config.program.precision, machine.multiprocessors, machine.is_hopper)
+        for shape in products.shapes(graph)
+    ]
+    return max(
+        *of_products,
+        elementwise.scratch_bytes(b * t, model.channels, heads, model.head_size),
+        attention.backward_scratch_bytes(b, t, model.num_heads),
+    )

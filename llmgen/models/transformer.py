@@ -3,6 +3,7 @@
 GPT-2 (Radford et al. 2019) where the config says nothing; the switches of `[model]` make it Llama, Mistral, Qwen and others.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from llmgen.graph import Builder, Carry, Dim, Function, Graph, Op, Segment, Tens
 
 INIT_STD = 0.02  # GPT-2's; projections into the residual stream divide it by sqrt(2 * num_layers)
 LONGEST_EVALUATION = 4096  # tokens; models may allow 131,072, but buffers for those would dwarf the model
+CACHE_MULTIPLE = 32  # a cache has room for a multiple of this many tokens: two registers of the widest kind
+DECODED_TOKENS = 512  # that `decode` takes at once: a piece of a prompt, or the next token of each sequence
+DECODED_ROWS = 16  # whose logits it gives at once
 PROJECTIONS = ("attprojw", "fcprojw")  # into the residual stream
 
 
@@ -98,12 +102,23 @@ def initial(p: Tensor, config: Config) -> tuple[float, float]:
     return 0.0, INIT_STD
 
 
-class _Layers(Builder):
-    """A builder that knows the config's norm, attention and MLP."""
+@dataclass(frozen=True)
+class _Cache:
+    """Keys and values of what came before, and where in it each token of a call stands."""
 
-    def __init__(self, config: Config, table: dict[str, Tensor]):
+    keys: Tensor
+    values: Tensor
+    sequences: Tensor
+    positions: Tensor
+
+
+class _Layers(Builder):
+    """A builder that knows the config's norm, attention and MLP. With a cache, rows are tokens of any sequences."""
+
+    def __init__(self, config: Config, table: dict[str, Tensor], cache: _Cache | None = None):
         super().__init__()
         self.model, self.table, self.sizes, self.L = config.model, table, Sizes.of(config), config.model.num_layers
+        self.cache, self.positions = cache, cache.positions if cache else None
 
     def p(self, name: str) -> Tensor | None:
         return self.table.get(name)
@@ -137,14 +152,20 @@ class _Layers(Builder):
         if m.position == "rope":
             half = Dim(int(m.head_size * m.rope_fraction) // 2, "ROPE_HALF")
             cos, sin = (Tensor(f"rope_{x}", (s.MAXT, half), role="constant") for x in ("cos", "sin"))
-            qkv = self.apply(ops.ROPE, "qkv_rotated", attrs={**heads, **rope(m), "half": half}, inp=qkv, cos=cos, sin=sin)
+            attrs = {**heads, **rope(m), "half": half}
+            qkv = self.apply(ops.ROPE, "qkv_rotated", attrs=attrs, inp=qkv, cos=cos, sin=sin, positions=self.positions)
         window = None
         if any(m.attention_window):
             pattern = tuple(m.attention_window[layer % len(m.attention_window)] for layer in range(self.L))
             window = Tensor("attention_window", (), "i32", "constant", s.L, pattern)
         scale = m.attention_scale or 1 / math.sqrt(m.head_size)
         attrs = {**heads, "scale": scale, "softcap": m.attention_softcap}
-        return self.apply(ops.ATTENTION, "attention", attrs=attrs, qkv=qkv, window=window)[0]
+        if self.cache is None:
+            return self.apply(ops.ATTENTION, "attention", attrs=attrs, qkv=qkv, window=window)[0]
+        kept = {f.name: getattr(self.cache, f.name) for f in dataclasses.fields(self.cache)}
+        state = {name: kept[name] for name in ("keys", "values")}
+        self.ops.append(Op(ops.CACHE_APPEND, {"qkv": qkv, **kept}, state, heads))
+        return self.apply(ops.CACHED_ATTENTION, "attention", attrs=attrs, qkv=qkv, window=window, **kept)
 
     def mlp(self, inp: Tensor) -> Tensor:
         activation = ops.ACTIVATIONS[self.model.activation]
@@ -153,6 +174,41 @@ class _Layers(Builder):
             return self.apply(activation, name, inp=self.linear("fc", inp, "fcw", "fcb"))
         gate = self.apply(activation, name, inp=self.linear("gate", inp, "gatew", ""))
         return self.apply(ops.MULTIPLY, "gated", a=gate, b=self.linear("fc", inp, "fcw", "fcb"))
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """The tokens as the first layer gets them."""
+        x = self.apply(ops.TOKEN_EMBEDDING, "embedding", tokens=tokens, wte=self.p("wte"))
+        x = self.scaled("embedding_scaled", x, self.model.embedding_scale)
+        if self.model.position == "learned":
+            x = self.apply(ops.POSITION_EMBEDDING, "encoded", inp=x, wpe=self.p("wpe"), positions=self.positions)
+        return x
+
+    def layer(self, residual: Tensor) -> Tensor:
+        attention = self.attention(self.norm("ln1", residual, "ln1w", "ln1b"))
+        residual2 = self.add("residual2", residual, self.linear("attproj", attention, "attprojw", "attprojb"), "ln1post")
+        hidden = self.mlp(self.norm("ln2", residual2, "ln2w", "ln2b"))
+        return self.add("residual3", residual2, self.linear("fcproj", hidden, "fcprojw", "fcprojb"), "ln2post")
+
+    def logits(self, inp: Tensor) -> Tensor:
+        return self.apply(ops.LINEAR, "logits", inp=inp, weight=self.p("headw") or self.p("wte"))
+
+
+def _up_to_the_last_norm(
+    config: Config, tokens: Tensor, cache: _Cache | None = None
+) -> tuple[tuple[Segment, ...], _Layers, Tensor]:
+    """Embedding and layers; the builder of what follows, and its first tensor: the last norm."""
+    s, table = Sizes.of(config), parameters(config)
+    g = _Layers(config, table, cache)
+    x = g.embedded(tokens)
+    prologue = Segment("embedding", tuple(g.ops))
+
+    g = _Layers(config, table, cache)
+    residual, final = (Tensor(name, x.shape) for name in ("residual", "final"))
+    residual3 = g.layer(residual)
+    block = Segment("layers", tuple(g.ops), s.L, (Carry(x, residual, residual3, final),))
+
+    g = _Layers(config, table, cache)
+    return (prologue, block), g, g.norm("lnf", final, "lnfw", "lnfb")
 
 
 def rope(m: ModelConfig) -> dict:
@@ -169,37 +225,46 @@ def rope(m: ModelConfig) -> dict:
 
 def forward(config: Config, name: str, b: Dim, t: Dim, first: Dim | None = None) -> Function:
     """tokens, targets (b, t) int32 -> losses (b, t); with `first`, only of the tokens from that one on."""
-    s, m, table = Sizes.of(config), config.model, parameters(config)
+    s, m = Sizes.of(config), config.model
     tokens = Tensor("tokens", (b, t), "i32", "input")
     targets = Tensor("targets", (b, t), "i32", "input")
-
-    g = _Layers(config, table)
-    x = g.apply(ops.TOKEN_EMBEDDING, "embedding", tokens=tokens, wte=g.p("wte"))
-    x = g.scaled("embedding_scaled", x, m.embedding_scale)
-    if m.position == "learned":
-        x = g.apply(ops.POSITION_EMBEDDING, "encoded", inp=x, wpe=g.p("wpe"))
-    prologue = Segment("embedding", tuple(g.ops))
-
-    g = _Layers(config, table)
-    residual = Tensor("residual", (b, t, s.C))
-    attention = g.attention(g.norm("ln1", residual, "ln1w", "ln1b"))
-    residual2 = g.add("residual2", residual, g.linear("attproj", attention, "attprojw", "attprojb"), "ln1post")
-    hidden = g.mlp(g.norm("ln2", residual2, "ln2w", "ln2b"))
-    residual3 = g.add("residual3", residual2, g.linear("fcproj", hidden, "fcprojw", "fcprojb"), "ln2post")
-    final = Tensor("final", residual.shape)
-    block = Segment("layers", tuple(g.ops), s.L, (Carry(x, residual, residual3, final),))
-
-    g = _Layers(config, table)
-    lnf = g.norm("lnf", final, "lnfw", "lnfb")
+    body, g, lnf = _up_to_the_last_norm(config, tokens)
     scored = targets
     if first is not None:
         lnf = g.apply(ops.TAIL, "lnf_tail", attrs={"first": first}, inp=lnf)
         scored = g.apply(ops.TAIL, "targets_tail", attrs={"first": first}, inp=targets)
-    logits = g.apply(ops.LINEAR, "logits", inp=lnf, weight=g.p("headw") or g.p("wte"))
     attrs = {"vocab_size": s.V, "softcap": m.logit_softcap, "smoothing": m.label_smoothing, "z_loss": m.z_loss}
-    losses = g.apply(ops.CROSS_ENTROPY, "losses", attrs=attrs, logits=logits, targets=scored)
-    epilogue = Segment("head", tuple(g.ops))
-    return Function(name, (prologue, block, epilogue), (tokens, targets), (losses,))
+    losses = g.apply(ops.CROSS_ENTROPY, "losses", attrs=attrs, logits=g.logits(lnf), targets=scored)
+    return Function(name, (*body, Segment("head", tuple(g.ops))), (tokens, targets), (losses,))
+
+
+def decode(config: Config) -> Function:
+    """tokens, sequences, positions (n), rows (m) int32 -> logits (m, VP) of those rows, with a cache of keys and values.
+
+    Token i stands at positions[i] of sequence sequences[i]; what stands before it in that sequence was decoded earlier, in
+    this call or another. The states `keys` and `values` are those of one sequence.
+    """
+    s, m = Sizes.of(config), config.model
+    n, rows = Dim(min(DECODED_TOKENS, cached_tokens(config)), "n"), Dim(DECODED_ROWS, "m")
+    tokens, sequences, positions = (Tensor(name, (n,), "i32", "input") for name in ("tokens", "sequences", "positions"))
+    wanted = Tensor("rows", (rows,), "i32", "input")
+    shape = (s.NKV, Dim(cached_tokens(config), "CACHE"), s.HS)
+    keys, values = (Tensor(name, shape, role="state", layers=s.L) for name in ("keys", "values"))
+    body, g, lnf = _up_to_the_last_norm(config, tokens, _Cache(keys, values, sequences, positions))
+    logits = g.logits(g.apply(ops.SELECT, "selected", inp=lnf, rows=wanted))
+    if m.logit_softcap:
+        logits = g.apply(ops.SOFTCAP, "logits_capped", attrs={"cap": m.logit_softcap}, inp=logits)
+    return Function("decode", (*body, Segment("head", tuple(g.ops))), (tokens, sequences, positions, wanted), (logits,))
+
+
+def context_tokens(config: Config) -> int:
+    """Tokens of the longest sequence that is generated: as many as the model allows within reason."""
+    return min(config.model.max_seq_len, LONGEST_EVALUATION)
+
+
+def cached_tokens(config: Config) -> int:
+    """Tokens that the cache of a sequence has room for."""
+    return -(-context_tokens(config) // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
 
 def update(config: Config) -> Function:
@@ -239,6 +304,13 @@ def build(config: Config) -> Graph:
     for function in functions[:2]:
         check(function)
     return Graph(tuple(parameters(config).values()), functions)
+
+
+def build_generation(config: Config) -> Graph:
+    """The program that generates: decode alone."""
+    function = decode(config)
+    check(function)
+    return Graph(tuple(parameters(config).values()), (function,))
 
 
 def count(config: Config) -> int:

@@ -7,6 +7,7 @@ from llmgen.ops.activation import ACTIVATIONS, GELU, GELU_EXACT, RELU, RELU_SQUA
 from llmgen.ops.adamw import ADAMW, SUM_OF_SQUARES
 from llmgen.ops.add import ADD, COPY, ZERO
 from llmgen.ops.attention import ATTENTION, ATTENTION_BACKWARD
+from llmgen.ops.cache import CACHE_APPEND, CACHED_ATTENTION
 from llmgen.ops.classifier import CLASSIFIER, CLASSIFIER_BACKWARD
 from llmgen.ops.cross_entropy import CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD
 from llmgen.ops.layernorm import LAYERNORM, LAYERNORM_BACKWARD
@@ -23,6 +24,8 @@ from llmgen.ops.position_embedding import POSITION_EMBEDDING, POSITION_EMBEDDING
 from llmgen.ops.qk_norm import QK_NORM, QK_NORM_BACKWARD
 from llmgen.ops.rmsnorm import RMSNORM, RMSNORM_BACKWARD
 from llmgen.ops.rope import ROPE, ROPE_BACKWARD
+from llmgen.ops.select import SELECT
+from llmgen.ops.softcap import SOFTCAP
 from llmgen.ops.tail import TAIL
 from llmgen.ops.token_embedding import TOKEN_EMBEDDING, TOKEN_EMBEDDING_BACKWARD
 
@@ -32,6 +35,8 @@ __all__ = [
     "ADD",
     "ATTENTION",
     "ATTENTION_BACKWARD",
+    "CACHED_ATTENTION",
+    "CACHE_APPEND",
     "CLASSIFIER",
     "CLASSIFIER_BACKWARD",
     "COPY",
@@ -59,7 +64,9 @@ __all__ = [
     "ROPE",
     "ROPE_BACKWARD",
     "SCALE",
+    "SELECT",
     "SILU",
+    "SOFTCAP",
     "SUM_OF_SQUARES",
     "TAIL",
     "TOKEN_EMBEDDING",

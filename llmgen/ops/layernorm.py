@@ -44,17 +44,20 @@ class LayerNorm(Kind):
 
 
 class LayerNormBackward(Kind):
-    """With xhat = (inp - mean) * rstd and g = dout * weight: dinp = rstd * (g - mean(g) - xhat * mean(g * xhat))."""
+    """With xhat = (inp - mean) * rstd and g = dout * weight: dinp = rstd * (g - mean(g) - xhat * mean(g * xhat)).
+
+    dsum, where a fusion asks for it, is the sum of dinp over the rows: the gradient of a bias that was added to inp.
+    """
 
     function = "layernorm_backward"
     template = "layernorm"
-    outputs = ("dinp", "dweight", "dbias")
+    outputs = ("dinp", "dweight", "dbias", "dsum")
     inputs = ("dout", "inp", "mean", "rstd", "weight", "addend")
     signature = (
         *("dinp", "dweight", "dbias", "dout", "inp", "mean", "rstd", "weight", "addend", "n", "c"),
-        "accumulate",
+        *("accumulate", "dsum"),
     )
-    optional = ("weight", "dweight", "dbias")
+    optional = ("weight", "dweight", "dbias", "dsum")
     in_place = {"dinp": ("addend",)}
     addends = {"dinp": "addend"}
 
@@ -77,7 +80,8 @@ class LayerNormBackward(Kind):
         if x["addend"] is not None:
             dinp = dinp + x["addend"]
         rows = tuple(range(xhat.ndim - 1))
-        return {"dinp": dinp, "dweight": (x["dout"] * xhat).sum(rows), "dbias": x["dout"].sum(rows)}
+        sums = {"dweight": (x["dout"] * xhat).sum(rows), "dbias": x["dout"].sum(rows), "dsum": dinp.sum(rows)}
+        return {"dinp": dinp, **sums}
 
 
 LAYERNORM = LayerNorm()

@@ -110,14 +110,20 @@ class LinearGelu(Kind):
 
 
 class LinearBackwardInputGelu(LinearBackwardInput):
-    """dinp = dout weight * gelu'(pre): the gradient passes the linear layer and the GELU before it."""
+    """dinp = dout weight * gelu'(pre): the gradient passes the linear layer and the GELU before it.
+
+    dsum, where a fusion asks for it, is the sum of dinp over the rows: the gradient of the bias that was added to make pre.
+    """
 
     function = "linear_backward_input_gelu"
+    outputs = ("dinp", "dsum")
     inputs = ("dout", "weight", "pre")
-    signature = ("dinp", "dout", "weight", "pre", "n", "c", "oc")
+    signature = ("dinp", "dout", "weight", "pre", "n", "c", "oc", "dsum", "accumulate")
+    optional = ("dsum",)
 
     def reference(self, op, x):
-        return {"dinp": x["dout"] @ x["weight"] * gelu_derivative(x["pre"])}
+        dinp = x["dout"] @ x["weight"] * gelu_derivative(x["pre"])
+        return {"dinp": dinp, "dsum": dinp.reshape(-1, dinp.shape[-1]).sum(axis=0)}
 
 
 LINEAR = Linear()

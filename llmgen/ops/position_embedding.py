@@ -1,4 +1,7 @@
-"""out[b, t] = inp[b, t] + wpe[t]: learned positions. inp, out (b, t, c), wpe (rows, c) with rows >= t."""
+"""out[b, t] = inp[b, t] + wpe[t]: learned positions. inp, out (b, t, c), wpe (rows, c) with rows >= t.
+
+With `positions` (n), out[i] = inp[i] + wpe[positions[i]] for inp, out (n, c): generation says where each token stands.
+"""
 
 import numpy as np
 
@@ -9,15 +12,16 @@ class PositionEmbedding(Kind):
     function = "position_embedding_forward"
     template = "position_embedding"
     outputs = ("out",)
-    inputs = ("inp", "wpe")
-    signature = ("out", "inp", "wpe", "b", "t", "c")
+    inputs = ("inp", "wpe", "positions")
+    signature = ("out", "inp", "wpe", "positions", "n", "b", "t", "c")
+    optional = ("positions", "n", "b", "t")
     in_place = {"out": ("inp",)}
 
     def infer(self, inputs, attrs):
         return {"out": (inputs["inp"].shape, "f32")}
 
     def sizes(self, op):
-        return dict(zip("btc", op.inputs["inp"].shape, strict=True))
+        return dict(zip("nc" if "positions" in op.inputs else "btc", op.inputs["inp"].shape, strict=True))
 
     def backward(self, op, d):
         step = Step(
@@ -32,7 +36,8 @@ class PositionEmbedding(Kind):
         return op.outputs["out"].count.size
 
     def reference(self, op, x):
-        return {"out": x["inp"] + x["wpe"][: x["inp"].shape[1]]}
+        at = np.arange(x["inp"].shape[1]) if x.get("positions") is None else x["positions"]
+        return {"out": x["inp"] + x["wpe"][at]}
 
 
 class PositionEmbeddingBackward(Kind):

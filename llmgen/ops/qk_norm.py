@@ -1,6 +1,6 @@
 """RMS norm of each query and key head (Dehghani et al. 2023, arXiv:2302.05442); values pass unchanged.
 
-inp, out (b, t, (NH + 2*NKV)*HS); rstd (b, t, NH + NKV); qweight, kweight (HS), shared by the heads, may be absent.
+inp, out (..., (NH + 2*NKV)*HS); rstd (..., NH + NKV); qweight, kweight (HS), shared by the heads, may be absent.
 """
 
 import numpy as np
@@ -19,11 +19,11 @@ class QkNorm(Kind):
     optional = ("qweight", "kweight")
 
     def infer(self, inputs, attrs):
-        b, t, width = inputs["inp"].shape
-        return {"out": ((b, t, width), "f32"), "rstd": ((b, t, attrs["num_heads"] + attrs["num_kv_heads"]), "f32")}
+        *rows, width = inputs["inp"].shape
+        return {"out": ((*rows, width), "f32"), "rstd": ((*rows, attrs["num_heads"] + attrs["num_kv_heads"]), "f32")}
 
     def sizes(self, op):
-        return {"n": product(op.inputs["inp"].shape[:2])}
+        return {"n": product(op.inputs["inp"].shape[:-1])}
 
     def backward(self, op, d):
         inputs = {"dout": d["out"], **op.inputs, "rstd": op.outputs["rstd"]}
@@ -36,11 +36,14 @@ class QkNorm(Kind):
         return 4 * op.inputs["inp"].count.size
 
     def reference(self, op, x):
-        q, k, v = heads.split(x["inp"], op.attrs["num_heads"].size, op.attrs["num_kv_heads"].size)
+        *rows, width = x["inp"].shape
+        flat = x["inp"].reshape(1, -1, width)
+        q, k, v = heads.split(flat, op.attrs["num_heads"].size, op.attrs["num_kv_heads"].size)
         (q, q_rstd), (k, k_rstd) = (
             rms_forward(part, x[weight], op.attrs["epsilon"]) for part, weight in ((q, "qweight"), (k, "kweight"))
         )
-        return {"out": heads.join(q, k, v), "rstd": np.concatenate([q_rstd, k_rstd], axis=1).transpose(0, 2, 1)}
+        rstd = np.concatenate([q_rstd, k_rstd], axis=1).transpose(0, 2, 1)
+        return {"out": heads.join(q, k, v).reshape(x["inp"].shape), "rstd": rstd.reshape(*rows, -1)}
 
 
 class QkNormBackward(Kind):

@@ -1,7 +1,8 @@
 """Rotary positions (Su et al. 2021, arXiv:2104.09864) of queries and keys, in HuggingFace's half-split order:
 
 with r rotated channels of a head, channels i and i + r/2 (i < r/2) turn by the angle position * frequency[i].
-inp, out (b, t, (NH + 2*NKV)*HS); cos, sin (MAXT, r/2), computed once.
+inp, out (b, t, (NH + 2*NKV)*HS); cos, sin (MAXT, r/2), computed once. With `positions` (n), inp and out are (n, ...), and
+row i stands at positions[i]: so generation has it.
 """
 
 import math
@@ -31,9 +32,9 @@ def rotated(x, cos, sin):
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def turned(op, inp, direction):
+def turned(op, inp, direction, positions=None):
     """inp (b, t, (NH + 2*NKV)*HS) with its queries and keys rotated."""
-    angles = np.arange(inp.shape[1])[:, None] * frequencies(op.attrs)
+    angles = (np.arange(inp.shape[1]) if positions is None else positions)[:, None] * frequencies(op.attrs)
     cos, sin = np.cos(angles), np.sin(angles) * direction
     q, k, v = heads.split(inp, op.attrs["num_heads"].size, op.attrs["num_kv_heads"].size)
     return heads.join(rotated(q, cos, sin), rotated(k, cos, sin), v)
@@ -43,8 +44,9 @@ class Rope(Kind):
     function = "rope_forward"
     template = "rope"
     outputs = ("out",)
-    inputs = ("inp", "cos", "sin")
-    signature = ("out", "inp", "cos", "sin", "b", "t")
+    inputs = ("inp", "cos", "sin", "positions")
+    signature = ("out", "inp", "cos", "sin", "positions", "n", "b", "t")
+    optional = ("positions", "n", "b", "t")
     in_place = {"out": ("inp",)}
     tables = ("rope_tables", ("cos", "sin"))
 
@@ -52,8 +54,8 @@ class Rope(Kind):
         return {"out": (inputs["inp"].shape, "f32")}
 
     def sizes(self, op):
-        b, t, _ = op.inputs["inp"].shape
-        return {"b": b, "t": t}
+        *rows, _ = op.inputs["inp"].shape
+        return dict(zip("n" if "positions" in op.inputs else "bt", rows, strict=True))
 
     def backward(self, op, d):
         inputs = {"dout": d["out"], "cos": op.inputs["cos"], "sin": op.inputs["sin"]}
@@ -63,7 +65,9 @@ class Rope(Kind):
         return 3 * op.inputs["inp"].count.size
 
     def reference(self, op, x):
-        return {"out": turned(op, x["inp"], 1)}
+        if x.get("positions") is None:
+            return {"out": turned(op, x["inp"], 1)}
+        return {"out": turned(op, x["inp"][None], 1, x["positions"])[0]}
 
 
 class RopeBackward(Kind):

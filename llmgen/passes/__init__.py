@@ -9,13 +9,15 @@ def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) ->
     """The graph as a target computes it. chunk: rows of logits the classifier holds at a time."""
     functions = []
     for function in graph.functions:
-        if program.recompute == "cheap":
-            function = recompute.cheap(function)
+        if program.recompute != "none":
+            function = getattr(recompute, program.recompute)(function)
         function = fusion.join_segments(function)
         function = fusion.add_into(function)
         function = fusion.linear_gelu(function)
         function = fusion.linear_backward_gelu(function)
         function = fusion.classifier(function, chunk)
+        if target == "cuda":
+            function = fusion.bias_sums(function)
         functions.append(function)
     graph = Graph(graph.parameters, tuple(functions))
     return precision.bf16(graph, program.residual_precision) if program.precision == "bf16" else graph

@@ -80,6 +80,33 @@ def linear_backward_gelu(function: Function) -> Function:
     return _rewrite(function, rewrite)
 
 
+SUMMING = (ops.LAYERNORM_BACKWARD, ops.LINEAR_BACKWARD_INPUT_GELU)  # can sum what they write over the rows, as "dsum"
+
+
+def bias_sums(function: Function) -> Function:
+    """The gradient of a bias is the sum of dout over the rows: it is taken where dout is made, not by another pass over it."""
+
+    def rewrite(view: _View) -> list[Op] | None:
+        for linear in view.ops:
+            if linear.kind is not ops.LINEAR_BACKWARD_WEIGHT or "dbias" not in linear.outputs:
+                continue
+            maker = view.producer(linear.inputs["dout"])
+            if maker is None or maker.kind not in SUMMING or "dsum" in maker.outputs:
+                continue
+            weightless = maker.kind is ops.LAYERNORM_BACKWARD and "dweight" not in maker.outputs
+            sums = any(t.role == "gradient" for t in maker.outputs.values())
+            if weightless or (sums and maker.accumulate != linear.accumulate):
+                continue
+            outputs = dict(linear.outputs)
+            outputs_of_maker = {**maker.outputs, "dsum": outputs.pop("dbias")}
+            summing = maker.replace(outputs=outputs_of_maker, accumulate=linear.accumulate)
+            plain = linear.replace(outputs=outputs)
+            return [summing if op is maker else plain if op is linear else op for op in view.ops]
+        return None
+
+    return _rewrite(function, rewrite)
+
+
 def classifier(function: Function, chunk: int) -> Function:
     """cross_entropy(linear(x, w)), with its backward where it has one, -> classifier, in chunks of rows."""
 
