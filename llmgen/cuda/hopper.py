@@ -87,7 +87,7 @@ WEIGHT_TILES = (
     _pingpong(192, 5, 2),
     _pingpong(160, 5, 2),
     Tile(False, 3, 64, 192, 2, 1, 4, 2),
-    Tile(False, 3, 64, 160, 2, 1, 5, 2),
+    Tile(False, 3, 64, 160, 1, 2, 4, 2),
     Tile(False, 2, 128, 192, 1, 2, 4, 2),
     Tile(False, 1, 64, 64, 1, 1, 8, 2),
 )
