@@ -27,8 +27,8 @@
  *     4,869,586,944  activations that the backward needs
  *     1,698,889,728  arena for all that lives shorter (at least 1,698,889,728 are alive at once)
  *            66,048  tokens, results
- *        29,540,352  scratch of the kernel that runs
- *     8,838,649,344  in all
+ *        28,311,552  scratch of the kernel that runs
+ *     8,837,420,544  in all
  *
  * Contents: sizes, tensors, basics, the GPU, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -312,9 +312,9 @@ static void *allocate_tensors(size_t bytes) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError();
         cudaMemGetInfo(&free_bytes, &total);
-        const size_t fixed = 2270172672, each = 410529792, had = free_bytes + model_bytes;
+        const size_t fixed = 2268943872, each = 410529792, had = free_bytes + model_bytes;
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
-            (size_t)8838649344, had, had > fixed + each ? (had - fixed) / each : 1);
+            (size_t)8837420544, had, had > fixed + each ? (had - fixed) / each : 1);
     }
     cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
@@ -781,17 +781,17 @@ __device__ __forceinline__ float gelu_slope(float x) {
  *   INPUT_GRADIENT    dinp (n, c)      = dout (n, oc) . weight (oc, c)    the left one has k contiguous, the right one the
  *                                                                         columns of the result
  *   WEIGHT_GRADIENT   dweight (oc, c)  = dout (n, oc)^T . inp (n, c)      left: rows of the result; right: its columns
- *
- * One kernel serves all three: out (m, n) = a . b with k terms in each sum. The lanes of an operand are the rows of out for a
- * and its columns for b; memory holds either k behind k of one lane (BY_K) or lane behind lane of one k. No matrix is ever
- * transposed.
+ *  One kernel serves all three: out (m, n) = a . b with k terms in each sum. The lanes of an operand are the rows of
+ * out for a and its columns for b; memory holds either k behind k of one lane (BY_K) or lane behind lane of one k. No
+ * matrix is ever transposed.
  *
  * Sums are floats and each is made in one order, so that the same inputs give the same bits. */
 
 enum { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT }; /* layouts */
 enum { ADD, GELU, TIMES_GELU_GRADIENT };           /* what the epilogue does */
 
-/* ADD: out = sum + bias + extra.  GELU: pre = sum + bias, out = gelu(pre).  TIMES_GELU_GRADIENT: out = sum * gelu'(extra). */
+/* ADD: out = sum + bias + extra.  GELU: pre = sum + bias, out = gelu(pre).  TIMES_GELU_GRADIENT: out = sum *
+ * gelu'(extra). */
 template <class Out, class Extra>
 struct Epilogue {
     Out *out;            /* (m, n) */
@@ -870,8 +870,8 @@ __device__ __forceinline__ void finish(const Epilogue<Out, Extra> &then, size_t 
     store_four<ALIGNED>(then.out + at, sum, count);
 }
 
-/* The tiles of out in the order of the blocks: in bands of BAND tiles high, top to bottom first, then to the right. Blocks that
- * run at the same time then share rows of a and columns of b, and find them in the L2 cache. */
+/* The tiles of out in the order of the blocks: in bands of BAND tiles high, top to bottom first, then to the right.
+ * Blocks that run at the same time then share rows of a and columns of b, and find them in the L2 cache. */
 __device__ __forceinline__ void tile_at(int *row, int *column, int index, int rows, int columns) {
     constexpr int BAND = 16;
     const int band = index / (BAND * columns), first = band * BAND, high = min(BAND, rows - first);
@@ -894,8 +894,9 @@ static void sum_parts(float *out, int parts, size_t n, int accumulate) {
     cudaCheck(cudaGetLastError());
 }
 
-/* part (gridDim.y, columns): sums of the columns of inp (n, columns), each over a share of the rows. A block of 8 warps takes 128
- * columns, four in a thread; its warps take turns at the rows, and their sums are added in the order of the warps. */
+/* part (gridDim.y, columns): sums of the columns of inp (n, columns), each over a share of the rows. A block of 8 warps
+ * takes 128 columns, four in a thread; its warps take turns at the rows, and their sums are added in the order of the
+ * warps. */
 template <bool ALIGNED, class Inp>
 __global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp *inp, int n, int columns) {
     __shared__ __align__(16) float sums[8][128];
@@ -923,7 +924,8 @@ __global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp
 
 enum { SUM_PARTS = 64 }; /* at most: column_sums takes so many rows of scratch */
 
-/* out (columns) = the sums of the columns of inp (n, columns); or they are added to out. inp may be behind that scratch. */
+/* out (columns) = the sums of the columns of inp (n, columns); or they are added to out. inp may be behind that
+ * scratch. */
 template <class Inp>
 static void column_sums(float *out, const Inp *inp, int n, int columns, int accumulate) {
     const int parts = min((n + 63) / 64, (int)SUM_PARTS);
@@ -937,26 +939,30 @@ static void column_sums(float *out, const Inp *inp, int n, int columns, int accu
 }
 
 /* ---- products of bf16 on tensor cores -------------------------------------------------------------------------------
- *
- * A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1 steps are
- * on their way into shared memory (cp.async) while one is multiplied. Each of the WARPS_M x WARPS_N warps makes a rectangle of
- * the tile by mma m16n8k16, with the fragments of the next 16 of k already on their way from shared memory to registers.
- * BLOCKS of them run on a multiprocessor: with two, the epilogue of one is hidden behind the sums of the other. */
+ *  A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1
+ * steps are on their way into shared memory (cp.async) while one is multiplied. Each of the WARPS_M x WARPS_N warps
+ * makes a rectangle of the tile by mma m16n8k16, with the fragments of the next 16 of k already on their way from
+ * shared memory to registers. BLOCKS of them run on a multiprocessor: with two, the epilogue of one is hidden behind
+ * the sums of the other. */
 struct Tile128x256 {
     enum { ROWS = 128, COLUMNS = 256, DEPTH = 32, STAGES = 4, WARPS_M = 2, WARPS_N = 4, THREADS = 256, BLOCKS = 1 };
 };
+struct Tile128x128 {
+    enum { ROWS = 128, COLUMNS = 128, DEPTH = 32, STAGES = 3, WARPS_M = 2, WARPS_N = 2, THREADS = 128, BLOCKS = 2 };
+};
 
-/* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where chunk c of
- * row r lies, in bytes: exchanged within its row such that eight rows of the same chunk, which one ldmatrix reads, and eight
- * neighbours in a row, which one cp.async writes, lie in different banks. */
+/* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where
+ * chunk c of row r lies, in bytes: exchanged within its row such that eight rows of the same chunk, which one ldmatrix
+ * reads, and eight neighbours in a row, which one cp.async writes, lie in different banks. */
 template <int CHUNKS>
 __device__ __forceinline__ int place(int row, int chunk) {
     static_assert(CHUNKS == 4 || CHUNKS % 8 == 0, "");
     return (row * CHUNKS + (chunk ^ (CHUNKS == 4 ? row / 2 % 4 : row % 8))) * 16;
 }
 
-/* Brings one step of an operand, LANES from lane0 on by DEPTH from k0 on, from global to shared memory, and `next`, where this
- * thread's first chunk of it lies, on to the step after. What is no lane, or lies at `end` of k or beyond, is 0. */
+/* Brings one step of an operand, LANES from lane0 on by DEPTH from k0 on, from global to shared memory, and `next`,
+ * where this thread's first chunk of it lies, on to the step after. What is no lane, or lies at `end` of k or beyond,
+ * is 0. */
 template <bool BY_K, int LANES, int DEPTH, int THREADS, bool ALIGNED>
 __device__ __forceinline__ void fetch(unsigned char *to, const bf16 *&next, int lane0, int lanes, int k0, int end, int k) {
     constexpr int CHUNKS = (BY_K ? DEPTH : LANES) / 8, ROWS = BY_K ? LANES : DEPTH, APART = THREADS / CHUNKS;
@@ -994,8 +1000,8 @@ __device__ __forceinline__ const bf16 *first_chunk(const bf16 *from, int lane0, 
     return from + (BY_K ? (size_t)(lane0 + row) * k + k0 + chunk : (size_t)(k0 + row) * lanes + lane0 + chunk);
 }
 
-/* Fragments of COUNT times 16 lanes by 16 of k, as mma_bf16 takes a; `at`: where this thread's row of the first one lies in the
- * step, see below. Each 16 lanes further are 16 rows or two chunks, each 16 of k two chunks or 16 rows. */
+/* Fragments of COUNT times 16 lanes by 16 of k, as mma_bf16 takes a; `at`: where this thread's row of the first one
+ * lies in the step, see below. Each 16 lanes further are 16 rows or two chunks, each 16 of k two chunks or 16 rows. */
 template <bool BY_K, int LANES, int DEPTH, int COUNT>
 __device__ __forceinline__ void load_fragments(uint32_t (&fragment)[COUNT][4], uint32_t step, int at, int k16) {
     constexpr int ROW_BYTES = (BY_K ? DEPTH : LANES) * 2;
@@ -1008,9 +1014,9 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragment)[COUNT][4], u
     }
 }
 
-/* The row of shared memory that a thread names for ldmatrix, of the 16 lanes that begin at `lane`. The four 8x8 matrices are, for
- * a, lanes 0 to 7 and 8 to 15 of the first eight k, then of the last eight; for b (two times eight lanes) the first and the last
- * eight k of lanes 0 to 7, then of 8 to 15. */
+/* The row of shared memory that a thread names for ldmatrix, of the 16 lanes that begin at `lane`. The four 8x8
+ * matrices are, for a, lanes 0 to 7 and 8 to 15 of the first eight k, then of the last eight; for b (two times eight
+ * lanes) the first and the last eight k of lanes 0 to 7, then of 8 to 15. */
 template <bool BY_K, int LANES, int DEPTH>
 __device__ __forceinline__ int fragment_row(int lane, bool is_b) {
     constexpr int CHUNKS = (BY_K ? DEPTH : LANES) / 8;
@@ -1020,51 +1026,23 @@ __device__ __forceinline__ int fragment_row(int lane, bool is_b) {
     return place<CHUNKS>(k8 * 8 + thread % 8, lane / 8 + lane8);
 }
 
-/* What a block does at a time: a tile of out from its row and column on, and a part of k, the steps from first to last. */
-struct Work {
-    int row, column, part, first, last;
-};
-
-/* Part by part, in each the tiles as tile_at has them. */
-template <class Tile>
-__device__ __forceinline__ Work work_at(int index, int m, int n, int k, int parts) {
-    const int rows = (m + Tile::ROWS - 1) / Tile::ROWS, columns = (n + Tile::COLUMNS - 1) / Tile::COLUMNS;
-    const unsigned steps = (k + Tile::DEPTH - 1) / Tile::DEPTH;
-    Work work;
-    work.part = index / (rows * columns);
-    tile_at(&work.row, &work.column, index - work.part * rows * columns, rows, columns);
-    work.row *= Tile::ROWS;
-    work.column *= Tile::COLUMNS;
-    work.first = (int)(steps * work.part / parts);
-    work.last = (int)(steps * (work.part + 1) / parts);
-    return work;
-}
-
 /* Asks for the values that the epilogue will add or multiply by: they reach the L2 cache while the sums are made. */
 template <class Tile, class Extra>
-__device__ __forceinline__ void prefetch_extra(const Extra *extra, Work work, int m, int n) {
+__device__ __forceinline__ void prefetch_extra(const Extra *extra, int row0, int column0, int m, int n) {
     constexpr int LINE = 128 / sizeof(Extra), LINES = Tile::COLUMNS / LINE;
 #pragma unroll
     for (int i = (int)threadIdx.x; i < Tile::ROWS * LINES; i += Tile::THREADS) {
-        const int row = work.row + i / LINES, column = work.column + i % LINES * LINE;
+        const int row = row0 + i / LINES, column = column0 + i % LINES * LINE;
         if (row < m && column < n) prefetch_l2(extra + (size_t)row * n + column);
     }
 }
 
-/* What is summed besides, where sums is not NULL, as rows of partial sums in the order of the tiles; how many rows a tile makes.
- * WEIGHT_GRADIENT: each row of a, (rows, m); the tiles side by side each add up their share of the steps.
- * TIMES_GELU_GRADIENT: each column of out, (rows, n). */
-template <class Tile, int LAYOUT>
-struct Sums {
-    enum { ROWS = LAYOUT == WEIGHT_GRADIENT ? Tile::THREADS * 2 / Tile::ROWS : Tile::WARPS_M };
-};
-
-/* out (m, n) = a . b, then the epilogue; `parts` parts of it, each a sum over a share of k, m * n further on than the one before.
- * As many blocks as fit on the device at once take tile after tile. The operands of the next one are on their way while the
- * epilogue of the last one runs. */
+/* out (m, n) = a . b, then the epilogue. Grid: (tiles, parts); a part sums its share of k into its own out, m * n
+ * further on. sums, with TIMES_GELU_GRADIENT, (WARPS_M * rows of tiles, n) or NULL: partial sums of the columns of out.
+ * */
 template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
-    matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts,
+    matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k,
                   float *sums) {
     constexpr int ROWS = Tile::ROWS, COLUMNS = Tile::COLUMNS, DEPTH = Tile::DEPTH, STAGES = Tile::STAGES;
     constexpr bool A_BY_K = LAYOUT != WEIGHT_GRADIENT, B_BY_K = LAYOUT == FORWARD;
@@ -1074,149 +1052,114 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     static_assert(K16 % 2 == 0 && HIGH % 16 == 0 && (WIDE == 32 || WIDE == 64), "");
     extern __shared__ __align__(128) unsigned char shared[];
 
-    const int units = ((m + ROWS - 1) / ROWS) * ((n + COLUMNS - 1) / COLUMNS) * parts;
+    const int tile_rows = (m + ROWS - 1) / ROWS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
+    const int steps = (k + DEPTH - 1) / DEPTH;
+    const int first = (int)((long long)steps * blockIdx.y / gridDim.y), last = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+    int tile_row, tile_column;
+    tile_at(&tile_row, &tile_column, (int)blockIdx.x, tile_rows, tile_columns);
+    const int row0 = tile_row * ROWS, column0 = tile_column * COLUMNS;
     const int warp = (int)threadIdx.x / 32, thread = (int)threadIdx.x % 32;
     const int warp_row = warp / Tile::WARPS_N * HIGH, warp_column = warp % Tile::WARPS_N * WIDE;
     const int a_at = fragment_row<A_BY_K, ROWS, DEPTH>(warp_row, false);
     const int b_at = fragment_row<B_BY_K, COLUMNS, DEPTH>(warp_column, true);
     const uint32_t stages = shared_address(shared);
 
-    /* What is fetched next: STAGES - 1 steps ahead of what is multiplied. */
-    int ahead = (int)blockIdx.x, end = k; /* end: 0 when nothing is left to be fetched */
-    Work fetched = work_at<Tile>(ahead, m, n, k, parts);
-    const bf16 *a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, fetched.row, m, fetched.first * DEPTH, k);
-    const bf16 *b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, fetched.column, n, fetched.first * DEPTH, k);
-    auto choose_next = [&]() {
-        while (end > 0 && fetched.first >= fetched.last) {
-            ahead += (int)gridDim.x;
-            fetched = work_at<Tile>(ahead, m, n, k, parts);
-            a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, fetched.row, m, fetched.first * DEPTH, k);
-            b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, fetched.column, n, fetched.first * DEPTH, k);
-            if (ahead >= units) end = 0;
-        }
-    };
-    auto fetch_next = [&](int stage) {
+    float sum[M16][2 * N16][4] = {};
+    uint32_t a_fragment[2][M16][4], b_fragment[2][N16][4]; /* of these 16 of k, and of the next */
+
+    const int end = min(last * DEPTH, k);
+    const bf16 *a_next = first_chunk<A_BY_K, ROWS, DEPTH>(a, row0, m, first * DEPTH, k);
+    const bf16 *b_next = first_chunk<B_BY_K, COLUMNS, DEPTH>(b, column0, n, first * DEPTH, k);
+    auto fetch_step = [&](int step, int stage) { /* beyond the last one: zeros, so that the loop needs no branch */
         unsigned char *to = shared + stage * STAGE_BYTES;
-        const int k0 = fetched.first++ * DEPTH;
-        fetch<A_BY_K, ROWS, DEPTH, Tile::THREADS, ALIGNED>(to, a_next, fetched.row, m, k0, end, k);
-        fetch<B_BY_K, COLUMNS, DEPTH, Tile::THREADS, ALIGNED>(to + A_BYTES, b_next, fetched.column, n, k0, end, k);
+        fetch<A_BY_K, ROWS, DEPTH, Tile::THREADS, ALIGNED>(to, a_next, row0, m, step * DEPTH, end, k);
+        fetch<B_BY_K, COLUMNS, DEPTH, Tile::THREADS, ALIGNED>(to + A_BYTES, b_next, column0, n, step * DEPTH, end, k);
         cp_async_commit();
     };
 
-    uint32_t a_fragment[2][M16][4], b_fragment[2][N16][4]; /* of these 16 of k, and of the next */
-    for (int i = 0; i < STAGES - 1; i++) {
-        choose_next();
-        fetch_next(i);
-    }
+    for (int i = 0; i < STAGES - 1; i++) fetch_step(first + i, i);
+    if (sizeof(Extra) == 2 && then.extra) prefetch_extra<Tile>(then.extra, row0, column0, m, n); /* floats are too many for the L2 */
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[0], stages, a_at, 0);
     load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[0], stages + A_BYTES, b_at, 0);
-    int stage = 0, last_stage = STAGES - 1; /* which is multiplied, and which was before it: free to be filled */
-    for (int index = (int)blockIdx.x; index < units; index += (int)gridDim.x) {
-        const Work work = work_at<Tile>(index, m, n, k, parts);
-        if (then.extra) prefetch_extra<Tile>(then.extra, work, m, n);
-        float sum[M16][2 * N16][4] = {};
-        /* Two neighbouring rows of a are summed by each thread, over the k of its group in the steps of this tile's share. */
-        constexpr int GROUP_K = DEPTH / (Tile::THREADS * 2 / ROWS);
-        const int pair = (int)threadIdx.x % (ROWS / 2), group = (int)threadIdx.x / (ROWS / 2);
-        const int tile_column = work.column / COLUMNS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
-        float of_a[2] = {};
-        int summed = 0, last_summed = 0; /* no step */
-        if (LAYOUT == WEIGHT_GRADIENT && sums) {
-            const unsigned steps = work.last - work.first;
-            summed = work.first + (int)(steps * tile_column / tile_columns);
-            last_summed = work.first + (int)(steps * (tile_column + 1) / tile_columns);
-        }
-        for (int step = work.first; step < work.last; step++) {
-            choose_next();
-            if (LAYOUT == WEIGHT_GRADIENT && step >= summed && step < last_summed) {
-                const unsigned char *from = shared + stage * STAGE_BYTES;
+    int stage = 0, next_fetched = STAGES - 1;
+    for (int step = first; step < last; step++) {
 #pragma unroll
-                for (int i = 0; i < GROUP_K; i++) {
-                    const uint32_t two = *(const uint32_t *)(from + place<ROWS / 8>(group * GROUP_K + i, pair / 4) + pair % 4 * 4);
-                    of_a[0] += __uint_as_float(two << 16);
-                    of_a[1] += __uint_as_float(two & 0xffff0000u);
-                }
+        for (int k16 = 0; k16 < K16; k16++) {
+            if (k16 == K16 - 1) { /* the last fragments of this stage are in registers: it may be filled again */
+                cp_async_wait<STAGES - 2>();
+                __syncthreads();
+                stage = stage + 1 == STAGES ? 0 : stage + 1;
+            }
+            const uint32_t from = stages + stage * STAGE_BYTES;
+            const int next = (k16 + 1) % 2, at16 = (k16 + 1) % K16;
+            load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[next], from, a_at, at16);
+            load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[next], from + A_BYTES, b_at, at16);
+            if (k16 == 0) {
+                fetch_step(step + STAGES - 1, next_fetched);
+                next_fetched = next_fetched + 1 == STAGES ? 0 : next_fetched + 1;
             }
 #pragma unroll
-            for (int k16 = 0; k16 < K16; k16++) {
-                if (k16 == K16 - 1) { /* the last fragments of this stage are in registers */
-                    cp_async_wait<STAGES - 2>();
-                    __syncthreads();
-                    last_stage = stage;
-                    stage = stage + 1 == STAGES ? 0 : stage + 1;
+            for (int i = 0; i < M16; i++)
+#pragma unroll
+                for (int j = 0; j < 2 * N16; j++) {
+                    const uint32_t(&b16)[4] = b_fragment[k16 % 2][j / 2];
+                    mma_bf16(sum[i][j], a_fragment[k16 % 2][i], b16[j % 2 * 2], b16[j % 2 * 2 + 1]);
                 }
-                const uint32_t from = stages + stage * STAGE_BYTES;
-                const int next = (k16 + 1) % 2, at16 = (k16 + 1) % K16;
-                load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[next], from, a_at, at16);
-                load_fragments<B_BY_K, COLUMNS, DEPTH>(b_fragment[next], from + A_BYTES, b_at, at16);
-                if (k16 == 0) fetch_next(last_stage);
-#pragma unroll
-                for (int i = 0; i < M16; i++)
-#pragma unroll
-                    for (int j = 0; j < 2 * N16; j++) {
-                        const uint32_t(&b16)[4] = b_fragment[k16 % 2][j / 2];
-                        mma_bf16(sum[i][j], a_fragment[k16 % 2][i], b16[j % 2 * 2], b16[j % 2 * 2 + 1]);
-                    }
-            }
         }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
 
-        /* Sums lie two by two, scattered over the rows. Eight rows at a time they go through the free stage of shared memory (rows
-         * there are shifted by eight banks each), after which a warp holds whole rows, four columns in a thread. */
-        constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 8 * QUADS / 32;
-        static_assert(8 * PITCH * 4 * (Tile::THREADS / 32) <= STAGE_BYTES, "");
-        float *mine = (float *)(shared + last_stage * STAGE_BYTES) + warp * 8 * PITCH;
-        const int column = work.column + warp_column + thread % QUADS * 4, count = n - column;
-        const size_t part = (size_t)work.part * (size_t)m * (size_t)n;
-        float bias[4] = {}, of_out[4] = {};
-        if (then.bias && count > 0) load_four<ALIGNED>(bias, then.bias + column, count);
+    /* Sums lie two by two, scattered over the rows. Sixteen rows at a time they go through shared memory (whose rows
+     * are shifted by eight banks each), after which a warp holds whole rows, four columns in a thread. */
+    constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 16 * QUADS / 32;
+    static_assert(16 * PITCH * 4 * (Tile::THREADS / 32) <= STAGES * STAGE_BYTES, "");
+    float *mine = (float *)shared + warp * 16 * PITCH;
+    const int column = column0 + warp_column + thread % QUADS * 4, count = n - column;
+    float bias[4] = {}, of_out[4] = {};
+    then.out += (size_t)blockIdx.y * (size_t)m * (size_t)n;
+    if (then.bias && count > 0) load_four<ALIGNED>(bias, then.bias + column, count);
 #pragma unroll
-        for (int i = 0; i < 2 * M16; i++) {
-            const int row = work.row + warp_row + i * 8 + thread / QUADS;
-            float extra[TURNS][4] = {};
-            if (then.extra && count > 0) {
-#pragma unroll
-                for (int turn = 0; turn < TURNS; turn++) {
-                    const int r = row + turn * (32 / QUADS);
-                    if (r < m) load_four<ALIGNED>(extra[turn], then.extra + (size_t)r * n + column, count);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 2 * N16; j++)
-                *(float2 *)(mine + thread / 4 * PITCH + j * 8 + thread % 4 * 2) =
-                    make_float2(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
-            __syncwarp();
+    for (int i = 0; i < M16; i++) {
+        const int row = row0 + warp_row + i * 16 + thread / QUADS;
+        float extra[TURNS][4] = {};
+        if (then.extra && count > 0) {
 #pragma unroll
             for (int turn = 0; turn < TURNS; turn++) {
                 const int r = row + turn * (32 / QUADS);
-                float four[4];
-                load_four<true>(four, mine + (turn * (32 / QUADS) + thread / QUADS) * PITCH + thread % QUADS * 4, 4);
-                if (r < m && count > 0) {
-                    finish<THEN, ALIGNED>(then, part + (size_t)r * n + column, count, four, bias, extra[turn]);
-#pragma unroll
-                    for (int c = 0; c < 4 && THEN == TIMES_GELU_GRADIENT; c++) of_out[c] += four[c];
-                }
+                if (r < m) load_four<ALIGNED>(extra[turn], then.extra + (size_t)r * n + column, count);
             }
-            __syncwarp();
         }
-        if (LAYOUT == WEIGHT_GRADIENT && sums) {
-            const int row = work.row + pair * 2;
-            float *to = sums + ((size_t)(work.part * tile_columns + tile_column) * Sums<Tile, LAYOUT>::ROWS + group) * m + row;
-            if (row < m) to[0] = of_a[0];
-            if (row + 1 < m) to[1] = of_a[1];
-        }
-        if (THEN == TIMES_GELU_GRADIENT && sums) {
 #pragma unroll
-            for (int lane = 16; lane >= QUADS; lane /= 2)
+        for (int j = 0; j < 2 * N16; j++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) of_out[c] += __shfl_xor_sync(0xffffffff, of_out[c], lane);
-            const size_t to = (size_t)(work.row / ROWS * Tile::WARPS_M + warp / Tile::WARPS_N) * n + column;
-            if (thread < QUADS && count > 0) store_four<ALIGNED>(sums + to, of_out, count);
+            for (int half = 0; half < 2; half++)
+                *(float2 *)(mine + (half * 8 + thread / 4) * PITCH + j * 8 + thread % 4 * 2) =
+                    make_float2(sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
+        __syncwarp();
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int r = row + turn * (32 / QUADS);
+            float four[4];
+            load_four<true>(four, mine + (turn * (32 / QUADS) + thread / QUADS) * PITCH + thread % QUADS * 4, 4);
+            if (r < m && count > 0) {
+                finish<THEN, ALIGNED>(then, (size_t)r * n + column, count, four, bias, extra[turn]);
+#pragma unroll
+                for (int c = 0; c < 4 && THEN == TIMES_GELU_GRADIENT; c++) of_out[c] += four[c];
+            }
         }
-        __syncthreads(); /* the stage may be filled again */
+        __syncwarp();
     }
-    cp_async_wait<0>();
+    if (THEN == TIMES_GELU_GRADIENT && sums) {
+#pragma unroll
+        for (int lane = 16; lane >= QUADS; lane /= 2)
+#pragma unroll
+            for (int c = 0; c < 4; c++) of_out[c] += __shfl_xor_sync(0xffffffff, of_out[c], lane);
+        const size_t to = (size_t)(tile_row * Tile::WARPS_M + warp / Tile::WARPS_N) * n + column;
+        if (thread < QUADS && count > 0) store_four<ALIGNED>(sums + to, of_out, count);
+    }
 }
 
 /* ALIGNED: the rows of every matrix are multiples of 16 bytes. */
@@ -1224,37 +1167,34 @@ template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra
 static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k, int parts = 1,
                    float *sums = NULL) {
     constexpr int SHARED = Tile::STAGES * (Tile::ROWS + Tile::COLUMNS) * Tile::DEPTH * 2;
-    const int units = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS) * parts;
-    const int blocks = min(units, multiprocessors() * Tile::BLOCKS);
+    const int tiles = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS);
     cudaCheck(cudaFuncSetAttribute(matmul_kernel<Tile, LAYOUT, THEN, ALIGNED, Out, Extra>,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<blocks, Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, parts, sums);
+    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<dim3(tiles, parts), Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, sums);
     cudaCheck(cudaGetLastError());
 }
 
-/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows, if not NULL. */
+/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows, if not NULL.
+ * */
 template <class Tile, bool ALIGNED>
 static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *pre, int n, int c,
                                 int oc, int accumulate) {
     const Epilogue<bf16, bf16> then = {dinp, NULL, NULL, pre};
     float *sums = dsum ? scratch + SUM_PARTS * (size_t)c : NULL;
     matmul<Tile, INPUT_GRADIENT, TIMES_GELU_GRADIENT, ALIGNED>(then, dout, weight, n, c, oc, 1, sums);
-    const int rows = (n + Tile::ROWS - 1) / Tile::ROWS * Sums<Tile, INPUT_GRADIENT>::ROWS;
+    const int rows = (n + Tile::ROWS - 1) / Tile::ROWS * Tile::WARPS_M;
     if (dsum) column_sums(dsum, sums, rows, c, accumulate);
 }
 
-/* dweight (oc, c) (+)= dout (n, oc)^T . inp (n, c), and dbias (oc) (+)= the sum of dout over the rows, if not NULL. The rows are cut
- * in `parts`, each of which sums by itself in scratch; then these sums are added in their order. */
+/* dweight (oc, c) (+)= dout (n, oc)^T . inp (n, c), and dbias (oc) (+)= the sum of dout over the rows, if not NULL. The
+ * rows are cut in `parts`, each of which sums by itself in scratch; then these sums are added in their order. */
 template <class Tile, bool ALIGNED>
 static void weight_gradient(float *dweight, float *dbias, const bf16 *dout, const bf16 *inp, int n, int c, int oc,
                             int accumulate, int parts) {
-    const size_t weights = parts > 1 ? (size_t)parts * (size_t)oc * (size_t)c : 0;
     const Epilogue<float, float> then = {parts > 1 ? scratch : dweight, NULL, NULL, parts == 1 && accumulate ? dweight : NULL};
-    float *sums = dbias ? scratch + weights + SUM_PARTS * (size_t)oc : NULL;
-    matmul<Tile, WEIGHT_GRADIENT, ADD, ALIGNED>(then, dout, inp, oc, c, n, parts, sums);
+    matmul<Tile, WEIGHT_GRADIENT, ADD, ALIGNED>(then, dout, inp, oc, c, n, parts);
     if (parts > 1) sum_parts(dweight, parts, (size_t)oc * (size_t)c, accumulate);
-    const int rows = parts * ((c + Tile::COLUMNS - 1) / Tile::COLUMNS) * Sums<Tile, WEIGHT_GRADIENT>::ROWS;
-    if (dbias) column_sums(dbias, sums, rows, oc, accumulate);
+    if (dbias) column_sums(dbias, dout, n, oc, accumulate);
 }
 
 /* ---- token embedding: out[i] = wte[tokens[i]] -------------------------------------------------------------------- */
@@ -1647,7 +1587,7 @@ static void linear_backward_input_gelu(floatX *dinp,                            
                                        const floatX *dout, const floatX *weight, /* (n, oc), (oc, c) */
                                        const floatX *pre,                        /* (n, c) */
                                        int n, int c, int oc, float *dsum = NULL, int accumulate = 0) { /* dsum (c) */
-    gelu_input_gradient<Tile128x256, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
+    gelu_input_gradient<Tile128x128, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
 }
 
 /* dweight += dout^T . inp; dbias += the sum of dout over the rows. The last argument: in how many parts the rows are summed, where
@@ -2401,7 +2341,7 @@ static void point_parameters(Parameters<Value> *p, Value *memory) {
     for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
-/* All memory of the GPU that the program ever uses: 8,838,649,344 bytes. */
+/* All memory of the GPU that the program ever uses: 8,837,420,544 bytes. */
 static void allocate_model(void) {
     params_memory = (floatX *)allocate_tensors(248951808);
     grads_memory = (float *)allocate_tensors(497903616);
@@ -2456,7 +2396,7 @@ static void allocate_model(void) {
     char *inputs = (char *)allocate_tensors(66048);
     tokens_on_gpu = (int *)inputs;
     results = (double *)(inputs + 65792);
-    scratch = (float *)allocate_tensors(29540352);
+    scratch = (float *)allocate_tensors(28311552);
 }
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */
