@@ -583,15 +583,15 @@ __device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack)
     }
 }
 
-/* How many values of a row of c can move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
+/* How many values of a row of c move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
 constexpr int pack_width(int c) {
     int width = 16 / sizeof(floatX);
     while (c % width) width /= 2;
     return width;
 }
 
-/* How many warps share a row of c: as few lanes idle as can be, and no thread has more than 24 values (unless 32 warps do not
- * suffice for that), since these lie in registers. */
+/* How many warps share a row of c: as few lanes idle as can be, and no thread has more than 24 values (unless 32 warps do
+ * not suffice for that), since these lie in registers. */
 constexpr int row_warps(int c) {
     const int packs = c / pack_width(c);
     int best = 32, least_slots = 1 << 30;
@@ -672,9 +672,9 @@ enum {
     PARTIAL_BLOCKS = 1024, /* at most */
 };
 
-/* out += the sum of the blocks' partial sums: 32 channels a block, 8 warps that take the rows in turn. blockIdx.y: which sum. */
-__global__ void __launch_bounds__(256) sum_partials_kernel(float *first, float *second, float *third, /* (c) each, or NULL */
-                                                           const float *partial, /* (blocks, PARTIALS, c) */
+/* out (+)= the sum of the blocks' partial sums, which are (blocks, PARTIALS, c): a block has 32 channels and 8 warps that take
+ * the rows in turn. blockIdx.y says which sum: to first, second or third, (c) each, or NULL. */
+__global__ void __launch_bounds__(256) sum_partials_kernel(float *first, float *second, float *third, const float *partial,
                                                            int blocks, int c, int accumulate) {
     __shared__ float sums[8][32];
     float *out = blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third;
@@ -695,7 +695,8 @@ __global__ void __launch_bounds__(256) sum_partials_kernel(float *first, float *
 
 static void sum_partials(float *first, float *second, float *third, int blocks, int c, int accumulate) {
     if (!first && !second && !third) return;
-    sum_partials_kernel<<<dim3((c + 31) / 32, PARTIALS), 256, 0, stream>>>(first, second, third, scratch, blocks, c, accumulate);
+    const dim3 grid((c + 31) / 32, PARTIALS);
+    sum_partials_kernel<<<grid, 256, 0, stream>>>(first, second, third, scratch, blocks, c, accumulate);
     cudaCheck(cudaGetLastError());
 }
 
@@ -711,8 +712,8 @@ static int partial_blocks(int n) {
     return blocks > PARTIAL_BLOCKS ? PARTIAL_BLOCKS : blocks;
 }
 
-/* One of a block's sums: its rows of threads in their order. */
-__device__ __forceinline__ void store_partial(float *partial, const float (&sum)[ROW_PACKS][ROW_WIDTH], int c) { /* (c) */
+/* One of a block's sums, (c): its rows of threads in their order. */
+__device__ __forceinline__ void store_partial(float *partial, const float (&sum)[ROW_PACKS][ROW_WIDTH], int c) {
     __shared__ float rows[BLOCK_ROWS][BLOCK_ROWS > 1 ? ROW_THREADS * ROW_PACKS * ROW_WIDTH : 1];
     const int thread = threadIdx.x % ROW_THREADS, row = threadIdx.x / ROW_THREADS;
     for (int k = 0; k < ROW_PACKS; k++) {
@@ -741,7 +742,7 @@ static int map_blocks(size_t n) { return (int)((n + MAP_WIDTH * MAP_THREADS - 1)
 static bool at_16_bytes(const void *p) { return (uintptr_t)p % 16 == 0; }
 
 template <float (*FUNCTION)(float), class Out, class Inp>
-__global__ void __launch_bounds__(MAP_THREADS) map_kernel(Out *out, const Inp *inp, size_t n, bool packed) { /* (n), (n) */
+__global__ void __launch_bounds__(MAP_THREADS) map_kernel(Out *out, const Inp *inp, size_t n, bool packed) {
     const size_t first = ((size_t)blockIdx.x * MAP_THREADS + threadIdx.x) * MAP_WIDTH;
     if (packed && first + MAP_WIDTH <= n) {
         const Pack<Inp, MAP_WIDTH> x = load_pack<MAP_WIDTH>(inp + first);
@@ -790,17 +791,17 @@ __device__ __forceinline__ float gelu_slope(float x) {
  *   INPUT_GRADIENT    dinp (n, c)      = dout (n, oc) . weight (oc, c)    the left one has k contiguous, the right one the
  *                                                                         columns of the result
  *   WEIGHT_GRADIENT   dweight (oc, c)  = dout (n, oc)^T . inp (n, c)      left: rows of the result; right: its columns
- *
- * One kernel serves all three: out (m, n) = a . b with k terms in each sum. The lanes of an operand are the rows of out for a
- * and its columns for b; memory holds either k behind k of one lane (BY_K) or lane behind lane of one k. No matrix is ever
- * transposed.
+ *  One kernel serves all three: out (m, n) = a . b with k terms in each sum. The lanes of an operand are the rows of
+ * out for a and its columns for b; memory holds either k behind k of one lane (BY_K) or lane behind lane of one k. No
+ * matrix is ever transposed.
  *
  * Sums are floats and each is made in one order, so that the same inputs give the same bits. */
 
 enum { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT }; /* layouts */
 enum { ADD, GELU, TIMES_GELU_GRADIENT };           /* what the epilogue does */
 
-/* ADD: out = sum + bias + extra.  GELU: pre = sum + bias, out = gelu(pre).  TIMES_GELU_GRADIENT: out = sum * gelu'(extra). */
+/* ADD: out = sum + bias + extra.  GELU: pre = sum + bias, out = gelu(pre).  TIMES_GELU_GRADIENT: out = sum *
+ * gelu'(extra). */
 template <class Out, class Extra>
 struct Epilogue {
     Out *out;            /* (m, n) */
@@ -879,8 +880,8 @@ __device__ __forceinline__ void finish(const Epilogue<Out, Extra> &then, size_t 
     store_four<ALIGNED>(then.out + at, sum, count);
 }
 
-/* The tiles of out in the order of the blocks: in bands of BAND tiles high, top to bottom first, then to the right. Blocks that
- * run at the same time then share rows of a and columns of b, and find them in the L2 cache. */
+/* The tiles of out in the order of the blocks: in bands of BAND tiles high, top to bottom first, then to the right.
+ * Blocks that run at the same time then share rows of a and columns of b, and find them in the L2 cache. */
 __device__ __forceinline__ void tile_at(int *row, int *column, int index, int rows, int columns) {
     constexpr int BAND = 16;
     const int band = index / (BAND * columns), first = band * BAND, high = min(BAND, rows - first);
@@ -903,8 +904,9 @@ static void sum_parts(float *out, int parts, size_t n, int accumulate) {
     cudaCheck(cudaGetLastError());
 }
 
-/* part (gridDim.y, columns): sums of the columns of inp (n, columns), each over a share of the rows. A block of 8 warps takes 128
- * columns, four in a thread; its warps take turns at the rows, and their sums are added in the order of the warps. */
+/* part (gridDim.y, columns): sums of the columns of inp (n, columns), each over a share of the rows. A block of 8 warps
+ * takes 128 columns, four in a thread; its warps take turns at the rows, and their sums are added in the order of the
+ * warps. */
 template <bool ALIGNED, class Inp>
 __global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp *inp, int n, int columns) {
     __shared__ __align__(16) float sums[8][128];
@@ -932,7 +934,8 @@ __global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp
 
 enum { SUM_PARTS = 64 }; /* at most: column_sums takes so many rows of scratch */
 
-/* out (columns) = the sums of the columns of inp (n, columns); or they are added to out. inp may be behind that scratch. */
+/* out (columns) = the sums of the columns of inp (n, columns); or they are added to out. inp may be behind that
+ * scratch. */
 template <class Inp>
 static void column_sums(float *out, const Inp *inp, int n, int columns, int accumulate) {
     const int parts = min((n + 63) / 64, (int)SUM_PARTS);
@@ -946,11 +949,11 @@ static void column_sums(float *out, const Inp *inp, int n, int columns, int accu
 }
 
 /* ---- products of bf16 on tensor cores -------------------------------------------------------------------------------
- *
- * A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1 steps are
- * on their way into shared memory (cp.async) while one is multiplied. Each of the WARPS_M x WARPS_N warps makes a rectangle of
- * the tile by mma m16n8k16, with the fragments of the next 16 of k already on their way from shared memory to registers.
- * BLOCKS of them run on a multiprocessor: with two, the epilogue of one is hidden behind the sums of the other. */
+ *  A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1
+ * steps are on their way into shared memory (cp.async) while one is multiplied. Each of the WARPS_M x WARPS_N warps
+ * makes a rectangle of the tile by mma m16n8k16, with the fragments of the next 16 of k already on their way from
+ * shared memory to registers. BLOCKS of them run on a multiprocessor: with two, the epilogue of one is hidden behind
+ * the sums of the other. */
 struct Tile128x256 {
     enum { ROWS = 128, COLUMNS = 256, DEPTH = 32, STAGES = 4, WARPS_M = 2, WARPS_N = 4, THREADS = 256, BLOCKS = 1 };
 };
@@ -958,17 +961,18 @@ struct Tile128x128 {
     enum { ROWS = 128, COLUMNS = 128, DEPTH = 32, STAGES = 3, WARPS_M = 2, WARPS_N = 2, THREADS = 128, BLOCKS = 2 };
 };
 
-/* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where chunk c of
- * row r lies, in bytes: exchanged within its row such that eight rows of the same chunk, which one ldmatrix reads, and eight
- * neighbours in a row, which one cp.async writes, lie in different banks. */
+/* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where
+ * chunk c of row r lies, in bytes: exchanged within its row such that eight rows of the same chunk, which one ldmatrix
+ * reads, and eight neighbours in a row, which one cp.async writes, lie in different banks. */
 template <int CHUNKS>
 __device__ __forceinline__ int place(int row, int chunk) {
     static_assert(CHUNKS == 4 || CHUNKS % 8 == 0, "");
     return (row * CHUNKS + (chunk ^ (CHUNKS == 4 ? row / 2 % 4 : row % 8))) * 16;
 }
 
-/* Brings one step of an operand, LANES from lane0 on by DEPTH from k0 on, from global to shared memory, and `next`, where this
- * thread's first chunk of it lies, on to the step after. What is no lane, or lies at `end` of k or beyond, is 0. */
+/* Brings one step of an operand, LANES from lane0 on by DEPTH from k0 on, from global to shared memory, and `next`,
+ * where this thread's first chunk of it lies, on to the step after. What is no lane, or lies at `end` of k or beyond,
+ * is 0. */
 template <bool BY_K, int LANES, int DEPTH, int THREADS, bool ALIGNED>
 __device__ __forceinline__ void fetch(unsigned char *to, const bf16 *&next, int lane0, int lanes, int k0, int end, int k) {
     constexpr int CHUNKS = (BY_K ? DEPTH : LANES) / 8, ROWS = BY_K ? LANES : DEPTH, APART = THREADS / CHUNKS;
@@ -1006,8 +1010,8 @@ __device__ __forceinline__ const bf16 *first_chunk(const bf16 *from, int lane0, 
     return from + (BY_K ? (size_t)(lane0 + row) * k + k0 + chunk : (size_t)(k0 + row) * lanes + lane0 + chunk);
 }
 
-/* Fragments of COUNT times 16 lanes by 16 of k, as mma_bf16 takes a; `at`: where this thread's row of the first one lies in the
- * step, see below. Each 16 lanes further are 16 rows or two chunks, each 16 of k two chunks or 16 rows. */
+/* Fragments of COUNT times 16 lanes by 16 of k, as mma_bf16 takes a; `at`: where this thread's row of the first one
+ * lies in the step, see below. Each 16 lanes further are 16 rows or two chunks, each 16 of k two chunks or 16 rows. */
 template <bool BY_K, int LANES, int DEPTH, int COUNT>
 __device__ __forceinline__ void load_fragments(uint32_t (&fragment)[COUNT][4], uint32_t step, int at, int k16) {
     constexpr int ROW_BYTES = (BY_K ? DEPTH : LANES) * 2;
@@ -1020,9 +1024,9 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragment)[COUNT][4], u
     }
 }
 
-/* The row of shared memory that a thread names for ldmatrix, of the 16 lanes that begin at `lane`. The four 8x8 matrices are, for
- * a, lanes 0 to 7 and 8 to 15 of the first eight k, then of the last eight; for b (two times eight lanes) the first and the last
- * eight k of lanes 0 to 7, then of 8 to 15. */
+/* The row of shared memory that a thread names for ldmatrix, of the 16 lanes that begin at `lane`. The four 8x8
+ * matrices are, for a, lanes 0 to 7 and 8 to 15 of the first eight k, then of the last eight; for b (two times eight
+ * lanes) the first and the last eight k of lanes 0 to 7, then of 8 to 15. */
 template <bool BY_K, int LANES, int DEPTH>
 __device__ __forceinline__ int fragment_row(int lane, bool is_b) {
     constexpr int CHUNKS = (BY_K ? DEPTH : LANES) / 8;
@@ -1043,8 +1047,9 @@ __device__ __forceinline__ void prefetch_extra(const Extra *extra, int row0, int
     }
 }
 
-/* out (m, n) = a . b, then the epilogue. Grid: (tiles, parts); a part sums its share of k into its own out, m * n further on.
- * sums, with TIMES_GELU_GRADIENT, (WARPS_M * rows of tiles, n) or NULL: partial sums of the columns of out. */
+/* out (m, n) = a . b, then the epilogue. Grid: (tiles, parts); a part sums its share of k into its own out, m * n
+ * further on. sums, with TIMES_GELU_GRADIENT, (WARPS_M * rows of tiles, n) or NULL: partial sums of the columns of out.
+ * */
 template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k,
@@ -1117,8 +1122,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     cp_async_wait<0>();
     __syncthreads();
 
-    /* Sums lie two by two, scattered over the rows. Sixteen rows at a time they go through shared memory (whose rows are shifted
-     * by eight banks each), after which a warp holds whole rows, four columns in a thread. */
+    /* Sums lie two by two, scattered over the rows. Sixteen rows at a time they go through shared memory (whose rows
+     * are shifted by eight banks each), after which a warp holds whole rows, four columns in a thread. */
     constexpr int PITCH = WIDE + 8, QUADS = WIDE / 4, TURNS = 16 * QUADS / 32;
     static_assert(16 * PITCH * 4 * (Tile::THREADS / 32) <= STAGES * STAGE_BYTES, "");
     float *mine = (float *)shared + warp * 16 * PITCH;
@@ -1179,7 +1184,8 @@ static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int 
     cudaCheck(cudaGetLastError());
 }
 
-/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows, if not NULL. */
+/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows, if not NULL.
+ * */
 template <class Tile, bool ALIGNED>
 static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *pre, int n, int c,
                                 int oc, int accumulate) {
@@ -1190,8 +1196,8 @@ static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const
     if (dsum) column_sums(dsum, sums, rows, c, accumulate);
 }
 
-/* dweight (oc, c) (+)= dout (n, oc)^T . inp (n, c), and dbias (oc) (+)= the sum of dout over the rows, if not NULL. The rows are cut
- * in `parts`, each of which sums by itself in scratch; then these sums are added in their order. */
+/* dweight (oc, c) (+)= dout (n, oc)^T . inp (n, c), and dbias (oc) (+)= the sum of dout over the rows, if not NULL. The
+ * rows are cut in `parts`, each of which sums by itself in scratch; then these sums are added in their order. */
 template <class Tile, bool ALIGNED>
 static void weight_gradient(float *dweight, float *dbias, const bf16 *dout, const bf16 *inp, int n, int c, int oc,
                             int accumulate, int parts) {
@@ -1225,10 +1231,10 @@ static void token_embedding_forward(floatR *out,                            /* (
     cudaCheck(cudaGetLastError());
 }
 
-/* dwte[tokens[i]] += dout[i], each row summed in the order of i. First the indices i are sorted by their tokens, equal tokens in
- * their order. Then a block sums the rows of SPAN sorted indices, and adds them to dwte where it has all rows of a token. Where
- * a token's rows go on in the spans that follow, each leaves its part in scratch, and the block of the span in which they begin
- * adds these up. */
+/* dwte[tokens[i]] += dout[i], each row summed in the order of i. First the indices i are sorted by their tokens, equal tokens
+ * in their order. Then a block sums the rows of SPAN sorted indices, and adds them to dwte where it has all rows of a token.
+ * Where a token's rows go on in the spans that follow, each leaves its part in scratch, and the block of the span in which
+ * they begin adds these up. */
 enum {
     SORT_THREADS = 1024, /* a thread sorts an index */
     SORT_BITS = 8,       /* of the tokens by which one pass sorts */
@@ -1238,24 +1244,24 @@ enum {
     EMBEDDING_BLOCK = ROW_THREADS * ROW_PACKS < 256 ? ROW_THREADS * ROW_PACKS : 256,
 };
 
-/* One pass of the sort makes `to` of `from`: the same indices, ordered by the SORT_BITS bits of their tokens from `shift` on, which
- * are the bin; of equal ones the earlier stays the earlier. Without `from` they are 0 to n - 1. First: how many of the indices of
- * each block fall in each bin. */
+/* One pass of the sort makes `to` of `from`: the same indices, ordered by the SORT_BITS bits of their tokens from `shift` on,
+ * which are the bin; of equal ones the earlier stays the earlier. Without `from` they are 0 to n - 1. First: counts (blocks,
+ * BINS), how many of the indices of each block fall in each bin. */
 __global__ void __launch_bounds__(SORT_THREADS) count_bins_kernel(int *counts, const int *from, const int *tokens, int n,
-                                                                  int shift) { /* counts (blocks, BINS) */
+                                                                  int shift) {
     __shared__ int bins[BINS];
     const int i = blockIdx.x * SORT_THREADS + threadIdx.x;
     if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
     __syncthreads();
-    if (i < n) atomicAdd(&bins[tokens[from ? from[i] : i] >> shift & (BINS - 1)], 1); /* integers: in any order the same */
+    if (i < n) atomicAdd(&bins[tokens[from ? from[i] : i] >> shift & (BINS - 1)], 1); /* integers: any order will do */
     __syncthreads();
     if (threadIdx.x < BINS) counts[blockIdx.x * BINS + threadIdx.x] = bins[threadIdx.x];
 }
 
-/* Then each block knows where its indices go: behind those of lower bins, and behind those of its own bin in earlier blocks, in
- * earlier warps, in lower lanes. */
-__global__ void __launch_bounds__(SORT_THREADS) sort_indices_kernel(int *to, const int *from, const int *tokens, const int *counts,
-                                                                    int n, int shift) {
+/* Then each block knows where its indices go: behind those of lower bins, and behind those of its own bin in earlier blocks,
+ * in earlier warps, in lower lanes. */
+__global__ void __launch_bounds__(SORT_THREADS) sort_indices_kernel(int *to, const int *from, const int *tokens,
+                                                                    const int *counts, int n, int shift) {
     __shared__ int starts[SORT_THREADS / 32][BINS]; /* first how many a warp has for a bin, then where they go */
     __shared__ int sums[BINS / 32];
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, i = blockIdx.x * SORT_THREADS + thread;
@@ -1269,7 +1275,7 @@ __global__ void __launch_bounds__(SORT_THREADS) sort_indices_kernel(int *to, con
     }
     const int rank = __popc(peers & ((1u << lane) - 1));
     if (i < n && rank == 0) starts[warp][bin] = __popc(peers);
-    int earlier = 0, all = 0, up_to = 0; /* indices of bin `thread`: in earlier blocks, in all; those of all bins up to it */
+    int earlier = 0, all = 0, up_to = 0; /* of bin `thread`: in earlier blocks, in all; of all bins up to it */
     if (thread < BINS) {
 #pragma unroll 8
         for (int b = 0; b < (int)gridDim.x; b++) {
@@ -1300,9 +1306,8 @@ __global__ void __launch_bounds__(SORT_THREADS) sort_indices_kernel(int *to, con
 
 /* Span s: SPAN sorted indices. parts (spans, 2, c): [s][0] is the sum of the rows that go on from the span before, [s][1] of
  * those that begin here and go on in the next. */
-__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kernel(float *dwte, float *parts, const floatR *dout,
-                                                                                   const int *tokens, const int *order, int n,
-                                                                                   int c) {
+__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kernel(
+    float *dwte, float *parts, const floatR *dout, const int *tokens, const int *order, int n, int c) {
     __shared__ int indices[SPAN], rows[SPAN];
     const int first = blockIdx.x * SPAN, count = n - first < SPAN ? n - first : SPAN;
     for (int p = threadIdx.x; p < count; p += EMBEDDING_BLOCK) {
@@ -1310,7 +1315,8 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kern
         rows[p] = tokens[indices[p]];
     }
     __syncthreads();
-    const int before = first > 0 ? tokens[order[first - 1]] : -1, after = first + count < n ? tokens[order[first + count]] : -1;
+    const int before = first > 0 ? tokens[order[first - 1]] : -1;
+    const int after = first + count < n ? tokens[order[first + count]] : -1;
     for (int i = threadIdx.x * ROW_WIDTH; i < c; i += EMBEDDING_BLOCK * ROW_WIDTH) {
         Pack<float, ROW_WIDTH> sum = {};
         for (int p = 0; p < count; p += SPAN_LOADS) {
@@ -1338,8 +1344,8 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kern
 }
 
 /* Adds up, in their order, the parts of a token whose rows begin in span blockIdx.x and go on behind it. */
-__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(float *dwte, const float *parts, const int *tokens,
-                                                                                const int *order, int n, int c) {
+__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(
+    float *dwte, const float *parts, const int *tokens, const int *order, int n, int c) {
     const int span = blockIdx.x, next = (span + 1) * SPAN;
     if (next >= n) return;
     const int token = tokens[order[next]];
@@ -1377,9 +1383,10 @@ static void token_embedding_backward(float *dwte,                            /* 
     for (int pass = 0; pass == 0 || (rows - 1) >> SORT_BITS * pass > 0; pass++) {
         count_bins_kernel<<<sorters, SORT_THREADS, 0, stream>>>(counts, order, tokens, n, SORT_BITS * pass);
         cudaCheck(cudaGetLastError());
-        sort_indices_kernel<<<sorters, SORT_THREADS, 0, stream>>>(orders[pass % 2], order, tokens, counts, n, SORT_BITS * pass);
+        int *next = orders[pass % 2];
+        sort_indices_kernel<<<sorters, SORT_THREADS, 0, stream>>>(next, order, tokens, counts, n, SORT_BITS * pass);
         cudaCheck(cudaGetLastError());
-        order = orders[pass % 2];
+        order = next;
     }
     token_embedding_backward_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, dout, tokens, order, n, c);
     cudaCheck(cudaGetLastError());
@@ -1485,13 +1492,12 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, /* (n, c), 
 
 /* With g = dout * weight:  dinp = addend + rstd * (g - mean(g) - xhat * mean(g * xhat));
  * dweight += dout * xhat and dbias += dout, summed over the rows.
- * On request also dsum += dinp, summed over the rows (what lies below reads dinp as its dout: this is the gradient of its bias),
- * and dinp rounded to floatX. A block has every gridDim.x-th of its groups of BLOCK_ROWS rows, and of each row reads all tensors
- * once. */
+ * On request also dsum += dinp, summed over the rows (what lies below reads dinp as its dout: this is the gradient of its
+ * bias), and dinp rounded to floatX. A block has every gridDim.x-th of the groups of BLOCK_ROWS rows, and reads each row once. */
 template <bool ADDEND>
 __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_kernel(
-    floatR *dinp, floatX *dinp_copy, float *partial, const floatX *dout, const floatR *inp, const float *mean, const float *rstd,
-    const floatX *weight, const floatR *addend, int n, int c, bool make_dsum) {
+    floatR *dinp, floatX *dinp_copy, float *partial, const floatX *dout, const floatR *inp, const float *mean,
+    const float *rstd, const floatX *weight, const floatR *addend, int n, int c, bool make_dsum) {
     const int thread = threadIdx.x % ROW_THREADS;
     const float per_channel = 1.0f / c;
     Pack<floatX, ROW_WIDTH> w[ROW_PACKS] = {};
@@ -1535,7 +1541,7 @@ __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_ke
             Pack<floatX, ROW_WIDTH> copy;
             for (int j = 0; j < ROW_WIDTH; j++) {
                 const float xhat = ((float)x[k].at[j] - m) * s;
-                const float d = (float)before[k].at[j] + s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot);
+                const float change = s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot), d = (float)before[k].at[j] + change;
                 out.at[j] = (floatR)d;
                 copy.at[j] = (floatX)d;
                 dsum[k][j] += d;
@@ -1559,7 +1565,8 @@ static void layernorm_backward(floatR *dinp, float *dweight, float *dbias, /* (n
                                float *dsum = NULL, floatX *dinp_copy = NULL) { /* (c), (n, c) */
     const int blocks = partial_blocks(n);
     const auto kernel = addend ? layernorm_backward_kernel<true> : layernorm_backward_kernel<false>;
-    kernel<<<blocks, ROW_BLOCK, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd, weight, addend, n, c, dsum != NULL);
+    kernel<<<blocks, ROW_BLOCK, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd, weight, addend, n, c,
+                                             dsum != NULL);
     cudaCheck(cudaGetLastError());
     sum_partials(dweight, dbias, dsum, blocks, c, accumulate);
 }
@@ -2135,7 +2142,7 @@ enum {
     LOSS_THREADS = VP > 16384 ? 512 : VP > 2048 ? 256 : 64, /* a row of logits belongs to a block */
     LOSS_LOADS = 4,                                         /* packs that a thread has under way */
     LOSS_STEP = LOSS_THREADS * VOCABULARY_WIDTH,
-    ROW_IS_HELD = VP * sizeof(floatX) + 512 <= 99 * 1024, /* a block keeps its row in shared memory; else it reads it again */
+    ROW_IS_HELD = VP * sizeof(floatX) + 512 <= 99 * 1024,   /* in shared memory; else the block reads it again */
 };
 
 /* exp(x - largest), in one multiply-add and one power of 2. */
@@ -2143,11 +2150,12 @@ __device__ __forceinline__ float exp_minus(float x, float largest) {
     return exp2_approx(fmaf(x, 1.4426950408889634f, largest * -1.4426950408889634f));
 }
 
-/* The loss of each row of logits and, with BACKWARD, in their place the gradient of loss_scale times the loss; 0 in the padding.
- * The row is read once: the sum of the exponentials runs along with the largest logit, and is rescaled when that grows. */
+/* The loss of each row of logits and, with BACKWARD, in their place the gradient of loss_scale times the loss; 0 in the
+ * padding. The row is read once: the sum of the exponentials runs along with the largest logit, and is rescaled when that
+ * grows. */
 template <bool BACKWARD>
-__global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS) loss_kernel(float *losses, floatX *logits, const int *targets,
-                                                                                 float loss_scale) { /* (rows), (rows, VP), (rows) */
+__global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS)
+    loss_kernel(float *losses, floatX *logits, const int *targets, float loss_scale) { /* (rows), (rows, VP), (rows) */
     typedef Pack<floatX, VOCABULARY_WIDTH> Logits;
     extern __shared__ Logits held[];
     __shared__ float warp_largest[LOSS_THREADS / 32], warp_total[LOSS_THREADS / 32];
@@ -2186,7 +2194,8 @@ __global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS) loss_kernel
     largest = warp_largest[0];
     for (int warp = 1; warp < LOSS_THREADS / 32; warp++) largest = fmaxf(largest, warp_largest[warp]);
     total = 0.0f;
-    for (int warp = 0; warp < LOSS_THREADS / 32; warp++) total += warp_total[warp] * fast_exp(warp_largest[warp] - largest);
+    for (int warp = 0; warp < LOSS_THREADS / 32; warp++)
+        total += warp_total[warp] * fast_exp(warp_largest[warp] - largest);
     const float lse = logf(total) + largest;
     const float loss = lse - correct;
     if (threadIdx.x == 0) losses[blockIdx.x] = loss;
@@ -2228,7 +2237,7 @@ static void classifier_forward_backward(float *losses, floatX *dinp, float *dwei
                                         floatX *logits,                                     /* (CHUNK, VP) */
                                         const floatX *inp, const floatX *weight, /* (n, C), (VP, C) */
                                         const int *targets, float loss_scale, int n, int accumulate) {
-    const int held = ROW_IS_HELD ? (V + VOCABULARY_WIDTH - 1) / VOCABULARY_WIDTH * VOCABULARY_WIDTH * (int)sizeof(floatX) : 0;
+    const int held = ROW_IS_HELD ? VP * (int)sizeof(floatX) : 0;
     cudaCheck(cudaFuncSetAttribute(loss_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, held));
     for (int first = 0; first < n; first += CHUNK) {
         const int rows = n - first < CHUNK ? n - first : CHUNK;
@@ -2247,8 +2256,10 @@ static void classifier_forward_backward(float *losses, floatX *dinp, float *dwei
 
 enum { NORM_PARTS = 1024, NORM_THREADS = 256 };
 
-__global__ void __launch_bounds__(NORM_THREADS) squares_kernel(double *parts, const float *x, size_t n) { /* (NORM_PARTS), (n) */
-    const size_t packs = n / 4, step = (size_t)NORM_PARTS * NORM_THREADS, first = (size_t)blockIdx.x * NORM_THREADS + threadIdx.x;
+/* parts (NORM_PARTS): the squares of x (n), 4 values at a time; a block has every NORM_PARTS-th run of NORM_THREADS. */
+__global__ void __launch_bounds__(NORM_THREADS) squares_kernel(double *parts, const float *x, size_t n) {
+    const size_t packs = n / 4, step = (size_t)NORM_PARTS * NORM_THREADS;
+    const size_t first = (size_t)blockIdx.x * NORM_THREADS + threadIdx.x;
     float sums[4] = {};
 #pragma unroll 4
     for (size_t i = first; i < packs; i += step) {
@@ -2323,9 +2334,9 @@ __global__ void __launch_bounds__(256) adamw_kernel(float *param, floatX *workin
 }
 
 /* param: in full precision, the master weights; working: the same, rounded. */
-static void adamw_update(float *param, floatX *working, float *m, float *v, const float *grad, /* as many as tensors say, each */
-                         const Tensors *tensors, float grad_scale, float learning_rate, float beta1, float beta2, float epsilon,
-                         int step) {
+static void adamw_update(float *param, floatX *working, float *m, float *v, const float *grad, /* as many as tensors say */
+                         const Tensors *tensors, float grad_scale, float learning_rate, float beta1, float beta2,
+                         float epsilon, int step) {
     const float correct1 = (float)(1.0 / (1.0 - pow(beta1, step))), correct2 = (float)(1.0 / (1.0 - pow(beta2, step)));
     const size_t n = tensors->end[tensors->count - 1];
     adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale,
