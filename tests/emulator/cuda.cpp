@@ -6,10 +6,18 @@
 #include <time.h>
 #include <map>
 
-struct CUgraph_st { std::vector<emulator::Action> work; };
-struct CUgraphExec_st { std::vector<emulator::Action> work; };
-struct CUstream_st { CUgraph_st *capture; };
-struct CUevent_st { double time; };
+struct CUgraph_st {
+    std::vector<emulator::Action> work;
+};
+struct CUgraphExec_st {
+    std::vector<emulator::Action> work;
+};
+struct CUstream_st {
+    CUgraph_st *capture;
+};
+struct CUevent_st {
+    double time;
+};
 
 static CUstream_st default_stream;
 static cudaError_t last_error;
@@ -39,7 +47,10 @@ int submit(void *stream, Action what) {
 /* ---- memory ---- */
 
 static constexpr size_t PAGE = 4096, ALIGNMENT = 256, FAR = 16 * PAGE;
-struct Allocation { char *base; size_t bytes, mapped; };
+struct Allocation {
+    char *base;
+    size_t bytes, mapped;
+};
 static std::map<char *, Allocation> allocations;
 
 static size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -71,7 +82,8 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
     if (capturing) return refuse(cudaErrorStreamCaptureUnsupported, "cudaMalloc while a stream is captured");
     const size_t inner = rounded(rounded(bytes ? bytes : 1, ALIGNMENT), PAGE), mapped = inner + 2 * FAR;
     char *base = (char *)mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED || mprotect(base + FAR, inner, PROT_READ | PROT_WRITE)) return refuse(cudaErrorMemoryAllocation, "out of memory");
+    if (base == MAP_FAILED || mprotect(base + FAR, inner, PROT_READ | PROT_WRITE))
+        return refuse(cudaErrorMemoryAllocation, "out of memory");
     char *start = base + FAR + inner - rounded(bytes ? bytes : 1, ALIGNMENT); /* it ends where the page does */
     memset(start, 0xFF, rounded(bytes ? bytes : 1, ALIGNMENT));
     allocations[start] = Allocation{base, bytes, mapped};
@@ -93,13 +105,18 @@ cudaError_t cudaMallocHost(void **p, size_t bytes) {
     *p = malloc(bytes ? bytes : 1);
     return *p ? cudaSuccess : refuse(cudaErrorMemoryAllocation, "out of memory");
 }
-cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
 
 static const char *wrong_side(const void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
     const bool to_device = is_device(to, bytes), from_device = is_device(from, bytes);
     if (kind == cudaMemcpyDefault) return nullptr;
-    if (to_device != (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice)) return "memcpy: the destination is not what its kind says";
-    if (from_device != (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice)) return "memcpy: the source is not what its kind says";
+    if (to_device != (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice))
+        return "memcpy: the destination is not what its kind says";
+    if (from_device != (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice))
+        return "memcpy: the source is not what its kind says";
     return nullptr;
 }
 
@@ -155,9 +172,15 @@ cudaError_t cudaDeviceSynchronize(void) {
     if (capturing) return refuse(cudaErrorStreamCaptureUnsupported, "cudaDeviceSynchronize while a stream is captured");
     return last_error;
 }
-cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     *p = cudaDeviceProp{"emulated device", (size_t)8 << 30, SHARED_LIMIT, 228 * 1024, 0, 0, MULTIPROCESSORS, 50 << 20, 2048};
     cudaDeviceGetAttribute(&p->major, cudaDevAttrComputeCapabilityMajor, 0);
@@ -176,14 +199,26 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     }
     return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
 
 /* ---- streams, graphs, events ---- */
 
-cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = new CUstream_st(); return cudaSuccess; }
+cudaError_t cudaStreamCreate(cudaStream_t *stream) {
+    *stream = new CUstream_st();
+    return cudaSuccess;
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return cudaStreamCreate(stream); }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { delete stream; return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    delete stream;
+    return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
     if (capturing) return refuse(cudaErrorStreamCaptureUnsupported, "cudaStreamSynchronize while a stream is captured");
     return last_error;
@@ -210,18 +245,32 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     for (const Action &action : exec->work) submit(stream, action);
     return last_error;
 }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) { delete graph; return cudaSuccess; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { delete exec; return cudaSuccess; }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    return cudaSuccess;
+}
 
 static double now(void) {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1e3 + t.tv_nsec * 1e-6;
 }
-cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = new CUevent_st(); return cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    *event = new CUevent_st();
+    return cudaSuccess;
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return (cudaError_t)submit(stream, [=] { event->time = now(); }); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return (cudaError_t)submit(stream, [=] { event->time = now(); });
+}
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return last_error; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return last_error; }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {

@@ -17,15 +17,36 @@ typedef struct CUstream_st *cudaStream_t;
 typedef struct CUevent_st *cudaEvent_t;
 typedef struct CUgraph_st *cudaGraph_t;
 typedef struct CUgraphExec_st *cudaGraphExec_t;
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9,
-                         cudaFuncAttributeNonPortableClusterSizeAllowed = 15 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-                      cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrComputeCapabilityMajor = 75,
-                      cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxThreadsPerMultiProcessor = 39 };
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0,
-       cudaSharedmemCarveoutMaxShared = 100 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+    cudaFuncAttributeNonPortableClusterSizeAllowed = 15
+};
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrL2CacheSize = 38,
+    cudaDevAttrMaxThreadsPerMultiProcessor = 39
+};
+enum {
+    cudaStreamDefault = 0,
+    cudaStreamNonBlocking = 1,
+    cudaEventDefault = 0,
+    cudaEventDisableTiming = 2,
+    cudaHostAllocDefault = 0,
+    cudaSharedmemCarveoutMaxShared = 100
+};
 struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
@@ -37,7 +58,9 @@ template <class T> static inline cudaError_t cudaMalloc(T **p, size_t bytes) { r
 cudaError_t cudaFree(void *p);
 cudaError_t cudaMallocHost(void **p, size_t bytes);
 template <class T> static inline cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMallocHost((void **)p, bytes); }
-template <class T> static inline cudaError_t cudaHostAlloc(T **p, size_t bytes, unsigned) { return cudaMallocHost((void **)p, bytes); }
+template <class T> static inline cudaError_t cudaHostAlloc(T **p, size_t bytes, unsigned) {
+    return cudaMallocHost((void **)p, bytes);
+}
 cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
@@ -84,8 +107,7 @@ extern size_t shared_allowed; /* the most dynamic shared memory that a kernel wa
 const char *check_memory(void);
 } // namespace emulator
 
-template <class Kernel>
-static inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribute, int value) {
+template <class Kernel> static inline cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribute, int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value > emulator::SHARED_LIMIT) return cudaErrorInvalidValue;
     emulator::shared_allowed = std::max<size_t>(emulator::shared_allowed, value);
@@ -96,21 +118,24 @@ static inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blo
     *blocks = 1;
     return cudaSuccess;
 }
-template <class T>
-static inline cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes, size_t offset = 0, cudaMemcpyKind = cudaMemcpyHostToDevice) {
-    memcpy((char *)&symbol + offset, from, bytes);
-    return cudaSuccess;
-}
 
 /* ---- launches with attributes, the driver's functions ---- */
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4,
-                             cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeCooperative = 2,
+    cudaLaunchAttributeClusterDimension = 4,
+    cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttributeValue {
-    struct { unsigned x, y, z; } clusterDim;
+    struct {
+        unsigned x, y, z;
+    } clusterDim;
     int cooperative, programmaticStreamSerializationAllowed;
 };
-struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes;
@@ -123,7 +148,8 @@ static inline emulator::Launch emulator_shape(const cudaLaunchConfig_t *c) {
     emulator::Launch l = emulator::shape(c->gridDim, c->blockDim, c->dynamicSmemBytes);
     for (unsigned i = 0; i < c->numAttrs; i++) {
         const cudaLaunchAttribute &a = c->attrs[i];
-        if (a.id == cudaLaunchAttributeClusterDimension) l.cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
+        if (a.id == cudaLaunchAttributeClusterDimension)
+            l.cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
         if (a.id == cudaLaunchAttributeCooperative) l.together = a.val.cooperative;
     }
     return l;
@@ -138,9 +164,11 @@ static inline cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, Kernel, 
     return c->dynamicSmemBytes > emulator::shared_allowed ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-struct cudaFuncAttributes { size_t sharedSizeBytes; int numRegs, maxThreadsPerBlock; };
-template <class Kernel>
-static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, Kernel) {
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+    int numRegs, maxThreadsPerBlock;
+};
+template <class Kernel> static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, Kernel) {
     *a = cudaFuncAttributes{0, 64, 1024};
     return cudaSuccess;
 }
@@ -153,7 +181,8 @@ static inline cudaError_t cudaGetDriverEntryPoint(const char *name, void **funct
     if (found) *found = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return *function ? cudaSuccess : cudaErrorInvalidValue;
 }
-static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned, unsigned long long flags,
+static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned,
+                                                           unsigned long long flags,
                                                            cudaDriverEntryPointQueryResult *found = nullptr) {
     return cudaGetDriverEntryPoint(name, function, flags, found);
 }

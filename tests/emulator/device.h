@@ -16,7 +16,6 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
-#define __cluster_dims__(...) static_assert(false, "set the size of the cluster at the launch")
 
 #define threadIdx (emulator::current->thread)
 #define blockIdx (emulator::current->block->index)
@@ -25,11 +24,11 @@ static constexpr int warpSize = 32;
 
 /* ---- vectors ---- */
 
-#define VECTORS(T, name, two, four)                                                    \
-    struct alignas(two) name##2 { T x, y; };                                           \
-    struct name##3 { T x, y, z; };                                                     \
-    struct alignas(four) name##4 { T x, y, z, w; };                                    \
-    static inline name##2 make_##name##2(T x, T y) { return {x, y}; }                  \
+#define VECTORS(T, name, two, four)                                   \
+    struct alignas(two) name##2 { T x, y; };                          \
+    struct name##3 { T x, y, z; };                                    \
+    struct alignas(four) name##4 { T x, y, z, w; };                   \
+    static inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
     static inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 VECTORS(float, float, 8, 16)
 VECTORS(int, int, 8, 16)
@@ -43,7 +42,9 @@ VECTORS(unsigned char, uchar, 2, 4)
 
 /* ---- bf16 ---- */
 
-struct __nv_bfloat16_raw { unsigned short x; };
+struct __nv_bfloat16_raw {
+    unsigned short x;
+};
 struct __nv_bfloat16 {
     unsigned short bits;
     __nv_bfloat16() = default;
@@ -62,34 +63,24 @@ struct __nv_bfloat16 {
         return f;
     }
 };
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
 typedef __nv_bfloat16 nv_bfloat16;
 typedef __nv_bfloat162 nv_bfloat162;
 static inline float __bfloat162float(__nv_bfloat16 b) { return b; }
 static inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
-static inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
-static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return __nv_bfloat16_raw{u}; }
-static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.bits; }
 static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
-static inline __nv_bfloat162 __float22bfloat162_rn(float2 f) { return {f.x, f.y}; }
-static inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {f, f}; }
-static inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
-static inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
 static inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {b.x, b.y}; }
-static inline float __low2float(__nv_bfloat162 b) { return b.x; }
-static inline float __high2float(__nv_bfloat162 b) { return b.y; }
-static inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 b) { return b.x; }
-static inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 b) { return b.y; }
-static inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) { return fmaxf(a, b); }
-static inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) { return {(float)a.x * (float)b.x, (float)a.y * (float)b.y}; }
-static inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {(float)a.x + (float)b.x, (float)a.y + (float)b.y}; }
 
 /* ---- fp16 ---- */
 
 typedef _Float16 __half;
-struct alignas(4) __half2 { __half x, y; };
-static inline __half2 __floats2half2_rn(float x, float y) { return {(__half)x, (__half)y}; }
+struct alignas(4) __half2 {
+    __half x, y;
+};
 static inline __half2 __float2half2_rn(float x) { return {(__half)x, (__half)x}; }
+static inline __half2 __floats2half2_rn(float x, float y) { return {(__half)x, (__half)y}; }
 static inline float2 __half22float2(__half2 h) { return {(float)h.x, (float)h.y}; }
 static inline __half2 __hmul2(__half2 a, __half2 b) { return {(__half)(a.x * b.x), (__half)(a.y * b.y)}; }
 static inline __half2 __hadd2(__half2 a, __half2 b) { return {(__half)(a.x + b.x), (__half)(a.y + b.y)}; }
@@ -99,64 +90,29 @@ static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 
 /* ---- numbers ---- */
 
-template <class A, class B>
-static inline std::common_type_t<A, B> min(A a, B b) {
+template <class A, class B> static inline std::common_type_t<A, B> min(A a, B b) {
     typedef std::common_type_t<A, B> T;
     return (T)b < (T)a || a != a ? (T)b : (T)a;
 }
-template <class A, class B>
-static inline std::common_type_t<A, B> max(A a, B b) {
+template <class A, class B> static inline std::common_type_t<A, B> max(A a, B b) {
     typedef std::common_type_t<A, B> T;
     return (T)a < (T)b || a != a ? (T)b : (T)a;
 }
 static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-static inline float __frsqrt_rn(float x) { return 1 / sqrtf(x); }
-static inline float __fsqrt_rn(float x) { return sqrtf(x); }
-static inline float __frcp_rn(float x) { return 1 / x; }
 static inline float __fdividef(float a, float b) { return a / b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 /* The C library has such names of its own. */
 #define __expf(x) expf(x)
-#define __exp10f(x) powf(10, x)
 #define __logf(x) logf(x)
 #define __log2f(x) log2f(x)
-#define __powf(x, y) powf(x, y)
 #define __sinf(x) sinf(x)
 #define __cosf(x) cosf(x)
-#define __tanhf(x) tanhf(x)
 #define __sincosf(x, s, c) sincosf(x, s, c)
-static inline float __saturatef(float x) { return fminf(fmaxf(x, 0), 1); }
-static inline int __float2int_rn(float x) { return (int)rintf(x); }
-static inline int __float2int_rd(float x) { return (int)floorf(x); }
-static inline float __int2float_rn(int x) { return (float)x; }
-static inline float __uint2float_rn(unsigned x) { return (float)x; }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
-static inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 static inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
-static inline unsigned __brev(unsigned x) {
-    unsigned r = 0;
-    for (int i = 0; i < 32; i++) r |= (x >> i & 1) << (31 - i);
-    return r;
-}
-static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
-static inline int __mulhi(int a, int b) { return (int)((int64_t)a * b >> 32); }
-static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
-static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
-    const uint64_t both = (uint64_t)b << 32 | a;
-    unsigned r = 0;
-    for (int i = 0; i < 4; i++) r |= (unsigned)(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
-    return r;
-}
-static inline unsigned __funnelshift_l(unsigned lo, unsigned hi, unsigned s) { return (unsigned)(((uint64_t)hi << 32 | lo) << (s & 31) >> 32); }
-static inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned s) { return (unsigned)(((uint64_t)hi << 32 | lo) >> (s & 31)); }
 
 namespace emulator {
-template <class To, class From>
-static inline To bits_of(From from) {
+template <class To, class From> static inline To bits_of(From from) {
     static_assert(sizeof(To) == sizeof(From), "");
     To to;
     memcpy(&to, &from, sizeof to);
@@ -173,41 +129,33 @@ static inline float __uint_as_float(unsigned i) { return emulator::bits_of<float
 template <class T> static inline T __ldg(const T *p) { return *p; }
 template <class T> static inline T __ldcs(const T *p) { return *p; }
 template <class T> static inline T __ldcg(const T *p) { return *p; }
-template <class T> static inline T __ldca(const T *p) { return *p; }
-template <class T> static inline T __ldlu(const T *p) { return *p; }
-template <class T> static inline T __ldcv(const T *p) { emulator::spin(p, 0, "__ldcv"); return *p; }
 template <class T> static inline void __stcs(T *p, T v) { *p = v; }
 template <class T> static inline void __stcg(T *p, T v) { *p = v; }
-template <class T> static inline void __stwt(T *p, T v) { *p = v; }
 static inline void __threadfence(void) {}
 static inline void __threadfence_block(void) {}
 static inline void __threadfence_system(void) {}
-static inline void __nanosleep(unsigned) { emulator::spin(nullptr, 0, "__nanosleep"); }
 static inline void __trap(void) { emulator::fail("__trap()"); }
 static inline size_t __cvta_generic_to_shared(const void *p) { return emulator::shared_address(p); }
-static inline size_t __cvta_generic_to_global(const void *p) { return (size_t)p; }
 
 /* What an atomic function found; loops around it wait for others. */
-template <class T>
-static inline T emulator_found(const T *p, T old) {
+template <class T> static inline T emulator_found(const T *p, T old) {
     uint64_t bits = 0;
     memcpy(&bits, &old, sizeof old);
     emulator::spin(p, bits, "an atomic function");
     return old;
 }
-#define ATOMIC(name, expression)                                                        \
-    template <class T, class V>                                                         \
-    __attribute__((no_sanitize("thread"))) static inline T name(T *p, V value) {                                               \
-        const T old = *p, v = (T)value;                                                 \
-        *p = (expression);                                                              \
-        return emulator_found(p, old);                                                  \
+#define ATOMIC(name, expression)                                                                             \
+    template <class T, class V> __attribute__((no_sanitize("thread"))) static inline T name(T *p, V value) { \
+        const T old = *p, v = (T)value;                                                                      \
+        *p = (expression);                                                                                   \
+        return emulator_found(p, old);                                                                       \
     }
 ATOMIC(atomicAdd, old + v)
 ATOMIC(atomicSub, old - v)
 ATOMIC(atomicMax, old < v ? v : old)
 ATOMIC(atomicMin, v < old ? v : old)
 ATOMIC(atomicOr, old | v)
-ATOMIC(atomicAnd, old & v)
+ATOMIC(atomicAnd, old &v)
 ATOMIC(atomicXor, old ^ v)
 ATOMIC(atomicExch, v)
 ATOMIC(atomicInc, old >= v ? 0 : old + 1)
@@ -224,98 +172,76 @@ static inline void __syncthreads(int line = __builtin_LINE()) { emulator::barrie
 
 namespace emulator {
 
-struct Vote { unsigned value, result; };
-template <class Function>
-static inline unsigned vote(unsigned mask, int predicate, const char *what, Function) {
+struct Vote {
+    unsigned value, result;
+};
+template <class Function> static inline unsigned vote(unsigned mask, int predicate, const char *what, Function) {
     Vote mine = {predicate != 0, 0};
-    collective(mask, [](void **args, uint32_t lanes) {
-        unsigned ballot = 0;
-        for (int i = 0; i < WARP; i++)
-            if (lanes >> i & 1 && ((Vote *)args[i])->value) ballot |= 1u << i;
-        for (int i = 0; i < WARP; i++)
-            if (lanes >> i & 1) ((Vote *)args[i])->result = Function()(ballot, lanes);
-    }, what, &mine);
+    collective(
+        mask,
+        [](void **args, uint32_t lanes) {
+            unsigned ballot = 0;
+            for (int i = 0; i < WARP; i++)
+                if (lanes >> i & 1 && ((Vote *)args[i])->value) ballot |= 1u << i;
+            for (int i = 0; i < WARP; i++)
+                if (lanes >> i & 1) ((Vote *)args[i])->result = Function()(ballot, lanes);
+        },
+        what, &mine);
     return mine.result;
 }
-struct Ballot { unsigned operator()(unsigned b, unsigned) { return b; } };
-struct Any { unsigned operator()(unsigned b, unsigned) { return b != 0; } };
-struct All { unsigned operator()(unsigned b, unsigned lanes) { return b == lanes; } };
+struct Ballot {
+    unsigned operator()(unsigned b, unsigned) { return b; }
+};
+struct Any {
+    unsigned operator()(unsigned b, unsigned) { return b != 0; }
+};
+struct All {
+    unsigned operator()(unsigned b, unsigned lanes) { return b == lanes; }
+};
 
-template <class T>
-struct Shuffle { T value, result; int source; };
-template <class T>
-static inline T shuffle(unsigned mask, T value, int source, const char *what) {
+template <class T> struct Shuffle {
+    T value, result;
+    int source;
+};
+template <class T> static inline T shuffle(unsigned mask, T value, int source, const char *what) {
     Shuffle<T> mine = {value, value, source};
-    collective(mask, [](void **args, uint32_t lanes) {
-        for (int i = 0; i < WARP; i++) {
-            if (!(lanes >> i & 1)) continue;
-            Shuffle<T> *s = (Shuffle<T> *)args[i];
-            if (lanes >> s->source & 1) s->result = ((Shuffle<T> *)args[s->source])->value;
-            else memset((void *)&s->result, 0xFF, sizeof(T)); /* that lane takes no part: undefined */
-        }
-    }, what, &mine);
+    collective(
+        mask,
+        [](void **args, uint32_t lanes) {
+            for (int i = 0; i < WARP; i++) {
+                if (!(lanes >> i & 1)) continue;
+                Shuffle<T> *s = (Shuffle<T> *)args[i];
+                if (lanes >> s->source & 1) s->result = ((Shuffle<T> *)args[s->source])->value;
+                else memset((void *)&s->result, 0xFF, sizeof(T)); /* that lane takes no part: undefined */
+            }
+        },
+        what, &mine);
     return mine.result;
 }
-
-template <class T, class Function>
-static inline T reduce(unsigned mask, T value, const char *what, Function) {
-    Shuffle<T> mine = {value, value, 0};
-    collective(mask, [](void **args, uint32_t lanes) {
-        bool first = true;
-        T all = T();
-        for (int i = 0; i < WARP; i++)
-            if (lanes >> i & 1) all = first ? ((Shuffle<T> *)args[i])->value : Function()(all, ((Shuffle<T> *)args[i])->value), first = false;
-        for (int i = 0; i < WARP; i++)
-            if (lanes >> i & 1) ((Shuffle<T> *)args[i])->result = all;
-    }, what, &mine);
-    return mine.result;
-}
-struct Larger { template <class T> T operator()(T a, T b) { return a < b ? b : a; } };
-struct Smaller { template <class T> T operator()(T a, T b) { return a < b ? a : b; } };
 
 } // namespace emulator
 
 static inline void __syncwarp(unsigned mask = 0xFFFFFFFF) {
     emulator::collective(mask, [](void **, uint32_t) {}, "__syncwarp", nullptr);
 }
-static inline unsigned __ballot_sync(unsigned mask, int p) { return emulator::vote(mask, p, "__ballot_sync", emulator::Ballot()); }
+static inline unsigned __ballot_sync(unsigned mask, int p) {
+    return emulator::vote(mask, p, "__ballot_sync", emulator::Ballot());
+}
 static inline int __any_sync(unsigned mask, int p) { return emulator::vote(mask, p, "__any_sync", emulator::Any()); }
 static inline int __all_sync(unsigned mask, int p) { return emulator::vote(mask, p, "__all_sync", emulator::All()); }
-static inline unsigned __activemask(void) { return emulator::current->block->warps[emulator::current->warp].live; }
-template <class T>
-static inline T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
+template <class T> static inline T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
     const int lane = emulator::current->lane;
     return emulator::shuffle(mask, v, (lane & ~(width - 1)) | (source & (width - 1)), "__shfl_sync");
 }
-template <class T>
-static inline T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
     const int lane = emulator::current->lane, source = lane ^ bits;
     return emulator::shuffle(mask, v, (source & ~(width - 1)) > (lane & ~(width - 1)) ? lane : source & 31, "__shfl_xor_sync");
 }
-template <class T>
-static inline T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32) {
+template <class T> static inline T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32) {
     const int lane = emulator::current->lane;
     return emulator::shuffle(mask, v, (lane & (width - 1)) + by < (unsigned)width ? lane + (int)by : lane, "__shfl_down_sync");
 }
-template <class T>
-static inline T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32) {
+template <class T> static inline T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32) {
     const int lane = emulator::current->lane;
     return emulator::shuffle(mask, v, (lane & (width - 1)) >= (int)by ? lane - (int)by : lane, "__shfl_up_sync");
 }
-template <class T> static inline T __reduce_add_sync(unsigned m, T v) { return emulator::reduce(m, v, "__reduce_add_sync", std::plus<T>()); }
-template <class T> static inline T __reduce_max_sync(unsigned m, T v) { return emulator::reduce(m, v, "__reduce_max_sync", emulator::Larger()); }
-template <class T> static inline T __reduce_min_sync(unsigned m, T v) { return emulator::reduce(m, v, "__reduce_min_sync", emulator::Smaller()); }
-
-/* __syncthreads_or and others: whoever arrives adds to one of two sums in turn; the third barrier lets nobody overtake. */
-static inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
-    static const char key = 0;
-    int *sum = (int *)emulator::static_shared(&key, sizeof(int), 4);
-    emulator::barrier_sync(0, 0, "__syncthreads_count", line);
-    *sum = 0;
-    emulator::barrier_sync(0, 0, "__syncthreads_count", line);
-    *sum += predicate != 0;
-    emulator::barrier_sync(0, 0, "__syncthreads_count", line);
-    return *sum;
-}
-static inline int __syncthreads_or(int p, int line = __builtin_LINE()) { return __syncthreads_count(p, line) != 0; }
-static inline int __syncthreads_and(int p, int line = __builtin_LINE()) { return __syncthreads_count(!p, line) == 0; }

@@ -3,9 +3,10 @@
 
 /* ---- tensor maps ---- */
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *dims,
-                                const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *element_strides,
-                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
     const uint32_t element = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
     bool good = rank >= 1 && rank <= 5 && (uintptr_t)address % 16 == 0 && (uintptr_t)map % 64 == 0;
     for (uint32_t i = 0; good && i < rank; i++)
@@ -104,8 +105,7 @@ static void arrived(State *s, int bytes) {
 
 /* The box at `at`, line by line: where each line lies in memory (how many bytes of it from its begin are inside the tensor, and
  * from where on), and where in shared memory. */
-template <class Line>
-static void lines(const CUtensorMap &map, const int *at, Line line) {
+template <class Line> static void lines(const CUtensorMap &map, const int *at, Line line) {
     int index[5] = {};
     uint32_t offset = 0;
     const uint32_t bytes = map.box[0] * map.element;
@@ -119,7 +119,8 @@ static void lines(const CUtensorMap &map, const int *at, Line line) {
         }
         const int64_t first = inside ? std::max<int64_t>(0, -(int64_t)at[0]) : map.box[0];
         const int64_t last = inside ? std::min<int64_t>(map.box[0], (int64_t)map.dims[0] - at[0]) : 0;
-        line(p + (int64_t)at[0] * map.element, (uint32_t)(first * map.element), (uint32_t)(std::max(first, last) * map.element), offset);
+        line(p + (int64_t)at[0] * map.element, (uint32_t)(first * map.element), (uint32_t)(std::max(first, last) * map.element),
+             offset);
         offset += bytes;
         int i = 1;
         while (i < map.rank && ++index[i] == map.box[i]) index[i++] = 0;
@@ -180,8 +181,7 @@ void bulk_load(uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier) {
     });
 }
 
-template <class T>
-static void add(char *to, const char *from, uint32_t bytes) {
+template <class T> static void add(char *to, const char *from, uint32_t bytes) {
     for (uint32_t i = 0; i < bytes; i += sizeof(T)) *(T *)(to + i) = (T)((float)*(T *)(to + i) + (float)*(const T *)(from + i));
 }
 
@@ -252,11 +252,13 @@ void bulk_wait(int pending, bool only_read) {
 
 /* (mn, k): the 16 k of `size` rows or columns, as the descriptor says where they lie. */
 static void gather(uint64_t descriptor, bool mn_major, int size, uint16_t (*to)[16]) {
-    const uint32_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+    const uint32_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
+                   stride = (descriptor >> 32 & 0x3FFF) << 4;
     const int kind = descriptor >> 62, swizzle = 4 - kind; /* 1: 128 bytes */
     if (kind == 0) fail("wgmma: operands that are not swizzled are not emulated");
     const uint32_t line = 16u << swizzle, rank = current->block->rank << RANK_SHIFT;
-    if (start & (line * 8 - 1) & ~(line - 1)) fail("wgmma: a matrix must begin at the first line of a swizzled atom (%#x)", start);
+    if (start & (line * 8 - 1) & ~(line - 1))
+        fail("wgmma: a matrix must begin at the first line of a swizzled atom (%#x)", start);
     for (int i = 0; i < size * 2; i++) { /* pieces of 16 bytes: 8 k of one row, or 8 rows of one k */
         const int mn = mn_major ? i / 16 * 8 : i / 2, k = mn_major ? i % 16 : i % 2 * 8;
         const uint32_t offset = mn_major ? mn / (line / 2) * leading + mn % (line / 2) * 2 + k / 8 * stride + k % 8 * line
@@ -269,7 +271,9 @@ static void gather(uint64_t descriptor, bool mn_major, int size, uint16_t (*to)[
     }
 }
 
-struct Operands { uint16_t a[64][16], b[256][16]; };
+struct Operands {
+    uint16_t a[64][16], b[256][16];
+};
 
 static void operands(const Wgmma &w, Operands *o) {
     if (!w.in_registers) gather(w.a_matrix, w.a_mn, 64, o->a);
@@ -294,45 +298,53 @@ static void multiply(const Wgmma &w, const Operands &o, float *const *d) {
 }
 
 void wgmma_issue(Wgmma *mine) {
-    warpgroup_collective([](void **args) {
-        const Wgmma w = *(Wgmma *)args[0];
-        std::vector<float *> d;
-        auto o = std::make_shared<Operands>();
-        operands(w, o.get());
-        for (int t = 0; t < 128; t++) {
-            const Wgmma &other = *(Wgmma *)args[t];
-            if (other.a_matrix != w.a_matrix || other.b_matrix != w.b_matrix || other.n != w.n || other.accumulate != w.accumulate)
-                fail("wgmma: threads of the warpgroup have different descriptors");
-            d.push_back(other.d);
-            for (int i = 0; w.in_registers && i < 4; i++) {
-                uint16_t *to = &o->a[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 * 2 + i / 2 * 8];
-                to[0] = other.a[i], to[1] = other.a[i] >> 16;
+    warpgroup_collective(
+        [](void **args) {
+            const Wgmma w = *(Wgmma *)args[0];
+            std::vector<float *> d;
+            auto o = std::make_shared<Operands>();
+            operands(w, o.get());
+            for (int t = 0; t < 128; t++) {
+                const Wgmma &other = *(Wgmma *)args[t];
+                if (other.a_matrix != w.a_matrix || other.b_matrix != w.b_matrix || other.n != w.n ||
+                    other.accumulate != w.accumulate)
+                    fail("wgmma: threads of the warpgroup have different descriptors");
+                d.push_back(other.d);
+                for (int i = 0; w.in_registers && i < 4; i++) {
+                    uint16_t *to = &o->a[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 * 2 + i / 2 * 8];
+                    to[0] = other.a[i], to[1] = other.a[i] >> 16;
+                }
             }
-        }
-        current->block->warpgroups[current->linear / 128].products.push_back([=] {
-            auto now = std::make_shared<Operands>(*o);
-            operands(w, now.get());
-            if (memcmp(now->a, o->a, sizeof o->a) || memcmp(now->b, o->b, w.n * sizeof o->b[0]))
-                fail("wgmma: its operands in shared memory changed before it was done (not yet arrived, or overwritten too early)");
-            multiply(w, *o, d.data());
-        });
-    }, "wgmma", mine);
+            current->block->warpgroups[current->linear / 128].products.push_back([=] {
+                auto now = std::make_shared<Operands>(*o);
+                operands(w, now.get());
+                if (memcmp(now->a, o->a, sizeof o->a) || memcmp(now->b, o->b, w.n * sizeof o->b[0]))
+                    fail("wgmma: its operands in shared memory changed before it was done (not yet arrived, or overwritten too "
+                         "early)");
+                multiply(w, *o, d.data());
+            });
+        },
+        "wgmma", mine);
 }
 
 void wgmma_commit(void) {
-    warpgroup_collective([](void **) {
-        Warpgroup &g = current->block->warpgroups[current->linear / 128];
-        g.groups.push_back(std::move(g.products));
-        g.products.clear();
-    }, "wgmma.commit_group", nullptr);
+    warpgroup_collective(
+        [](void **) {
+            Warpgroup &g = current->block->warpgroups[current->linear / 128];
+            g.groups.push_back(std::move(g.products));
+            g.products.clear();
+        },
+        "wgmma.commit_group", nullptr);
 }
 
 void wgmma_wait(int pending) {
-    warpgroup_collective([](void **args) {
-        Warpgroup &g = current->block->warpgroups[current->linear / 128];
-        for (; g.groups.size() > (size_t) * (int *)args[0]; g.groups.pop_front())
-            for (Action &product : g.groups.front()) product();
-    }, "wgmma.wait_group", &pending);
+    warpgroup_collective(
+        [](void **args) {
+            Warpgroup &g = current->block->warpgroups[current->linear / 128];
+            for (; g.groups.size() > (size_t)*(int *)args[0]; g.groups.pop_front())
+                for (Action &product : g.groups.front()) product();
+        },
+        "wgmma.wait_group", &pending);
 }
 
 } // namespace ptx

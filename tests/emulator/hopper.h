@@ -9,11 +9,24 @@
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
-enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
+enum CUtensorMapDataType {
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7,
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9
+};
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
-enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B };
-enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
+enum CUtensorMapSwizzle {
+    CU_TENSOR_MAP_SWIZZLE_NONE,
+    CU_TENSOR_MAP_SWIZZLE_32B,
+    CU_TENSOR_MAP_SWIZZLE_64B,
+    CU_TENSOR_MAP_SWIZZLE_128B
+};
+enum CUtensorMapL2promotion {
+    CU_TENSOR_MAP_L2_PROMOTION_NONE,
+    CU_TENSOR_MAP_L2_PROMOTION_L2_64B,
+    CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+    CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+};
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA };
 
 struct alignas(64) CUtensorMap { /* as large as the real one, which is opaque */
@@ -25,10 +38,10 @@ struct alignas(64) CUtensorMap { /* as large as the real one, which is opaque */
     char unused[128 - 8 - 32 - 20 - 10 - 4 - 2];
 };
 static_assert(sizeof(CUtensorMap) == 128, "");
-CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *dims,
-                                const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *element_strides,
-                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
-                                CUtensorMapFloatOOBfill fill);
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *dims, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *element_strides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill);
 typedef decltype(&cuTensorMapEncodeTiled) PFN_cuTensorMapEncodeTiled_v12000;
 typedef decltype(&cuTensorMapEncodeTiled) PFN_cuTensorMapEncodeTiled;
 
@@ -78,7 +91,8 @@ static inline void tma_load(uint32_t to, uint64_t map, const uint32_t (&at)[RANK
     tma_load_boxes(to, (const CUtensorMap *)map, (const int *)at, RANK, barrier, 0);
 }
 template <int RANK, class... Hint>
-static inline void tma_load_multicast(uint32_t to, uint64_t map, const uint32_t (&at)[RANK], uint32_t barrier, uint16_t blocks, Hint...) {
+static inline void tma_load_multicast(uint32_t to, uint64_t map, const uint32_t (&at)[RANK], uint32_t barrier, uint16_t blocks,
+                                      Hint...) {
     tma_load_boxes(to, (const CUtensorMap *)map, (const int *)at, RANK, barrier, blocks);
 }
 template <int RANK, class... Hint>
@@ -106,8 +120,7 @@ void wgmma_issue(Wgmma *mine);
 void wgmma_commit(void);
 void wgmma_wait(int pending);
 
-template <int N, size_t R>
-static inline Wgmma wgmma_of(float *const (&d)[R], uint64_t b, bool accumulate, int b_mn) {
+template <int N, size_t R> static inline Wgmma wgmma_of(float *const (&d)[R], uint64_t b, bool accumulate, int b_mn) {
     static_assert(R == N / 2, "registers of d");
     for (size_t i = 0; i < R; i++)
         if (d[i] != d[0] + i) fail("wgmma: d must be one array");

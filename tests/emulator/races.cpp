@@ -17,8 +17,12 @@ struct Access {
     uint32_t thread;
     const void *at; /* in the code */
 };
-struct Cell { Access write, reads[2]; };
-struct Shadow { std::vector<Cell> cells; };
+struct Cell {
+    Access write, reads[2];
+};
+struct Shadow {
+    std::vector<Cell> cells;
+};
 
 static uint32_t number(const Fibre *f) { return f->block->rank * (uint32_t)f->block->fibres.size() + f->linear; }
 
@@ -54,8 +58,8 @@ static void race(const Access &other, bool wrote, bool writes, uint32_t offset) 
     other_at = {(char *)other.at - 1};
     const unsigned threads = current->block->fibres.size();
     fail("a race: it %s shared memory at %u, thread %u%s %s it, and neither waits for the other", writes ? "writes" : "reads",
-         offset - SHARED_BASE, other.thread % threads, other.thread / threads != (unsigned)current->block->rank ? " of another block" : "",
-         wrote ? "wrote" : "read");
+         offset - SHARED_BASE, other.thread % threads,
+         other.thread / threads != (unsigned)current->block->rank ? " of another block" : "", wrote ? "wrote" : "read");
 }
 
 static bool before(const Access &a) { return a.clock <= current->clock[a.thread]; }
@@ -98,12 +102,17 @@ void __tsan_func_entry(void *) {}
 void __tsan_func_exit(void) {}
 void __tsan_vptr_update(void **, void *) {}
 void __tsan_vptr_read(void **) {}
-#define ACCESS(name, bytes, writes) \
-    void __tsan_##name(void *p) { if (current) access(p, bytes, writes, __builtin_return_address(0)); }
-#define ACCESSES(bytes) \
-    ACCESS(read##bytes, bytes, false) ACCESS(write##bytes, bytes, true) \
-    ACCESS(unaligned_read##bytes, bytes, false) ACCESS(unaligned_write##bytes, bytes, true)
-ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
-void __tsan_read_range(void *p, size_t n) { if (current) access(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void *p, size_t n) { if (current) access(p, n, true, __builtin_return_address(0)); }
+#define ACCESS(name, bytes, writes)                                         \
+    void __tsan_##name(void *p) {                                           \
+        if (current) access(p, bytes, writes, __builtin_return_address(0)); \
+    }
+#define ACCESSES(bytes)               \
+    ACCESS(read##bytes, bytes, false) \
+    ACCESS(write##bytes, bytes, true) ACCESS(unaligned_read##bytes, bytes, false) ACCESS(unaligned_write##bytes, bytes, true)
+ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16) void __tsan_read_range(void *p, size_t n) {
+    if (current) access(p, n, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void *p, size_t n) {
+    if (current) access(p, n, true, __builtin_return_address(0));
+}
 }

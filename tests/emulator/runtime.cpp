@@ -23,14 +23,14 @@ Launch launched;
 
 static constexpr int STACK_BYTES = 128 * 1024;
 
-static void *scheduler_sp;                /* where the launch itself goes on */
+static void *scheduler_sp; /* where the launch itself goes on */
 static std::deque<Fibre *> ready;
-static std::vector<Fibre *> idle_fibres;  /* with their stacks, for the next block */
+static std::vector<Fibre *> idle_fibres; /* with their stacks, for the next block */
 static std::vector<char *> idle_windows;
 static std::vector<Block *> resident;
-static std::deque<Action> pending;        /* see `later` */
-static size_t fruitless;                  /* threads in turn that looked again and found nothing new */
-static bool stuck;                        /* all that could run are such threads */
+static std::deque<Action> pending; /* see `later` */
+static size_t fruitless;           /* threads in turn that looked again and found nothing new */
+static bool stuck;                 /* all that could run are such threads */
 static std::string error, last_message;
 std::vector<void *> found_at, other_at;
 static uint32_t random_state, launches;
@@ -192,7 +192,8 @@ static std::string deadlock(void) {
         for (const Fibre *f : b->fibres) {
             char where[200];
             snprintf(where, sizeof where, f->detail ? "%s [%#lx]" : "%s", f->waits_for, (unsigned long)f->detail);
-            const std::vector<void *> at = f->done ? std::vector<void *>() : calls(f, ((char **)f->sp)[6] - 1, ((void ***)f->sp)[5]);
+            const std::vector<void *> at =
+                f->done ? std::vector<void *>() : calls(f, ((char **)f->sp)[6] - 1, ((void ***)f->sp)[5]);
             std::string &lines = known[at];
             if (!f->done && lines.empty()) lines = source_lines(at);
             groups[f->done ? "have ended" : "wait for " + (where + lines)].push_back(f->linear);
@@ -258,8 +259,10 @@ static void together(Fibre *const *fibres, int count, uint32_t lanes, const Acti
 static void complete(Block *b, int warp, Gathering *g) {
     std::vector<Gathering *> &open = b->warps[warp].open;
     open.erase(std::find(open.begin(), open.end(), g));
+    if (!strcmp(g->what, "mma")) return g->work(g->args, g->arrived); /* in registers alone */
     const int first = warp * WARP;
-    together(&b->fibres[first], std::min<int>(WARP, b->fibres.size() - first), g->arrived, [=] { g->work(g->args, g->arrived); });
+    together(&b->fibres[first], std::min<int>(WARP, b->fibres.size() - first), g->arrived,
+             [=] { g->work(g->args, g->arrived); });
 }
 
 /* Lanes that have ended are not waited for. */
@@ -308,7 +311,8 @@ void warpgroup_collective(void (*work)(void **args), const char *what, void *arg
     const int index = self->linear / 128;
     if ((size_t)(index + 1) * 128 > b->fibres.size()) fail("%s: no whole warpgroup", what);
     Warpgroup &g = b->warpgroups[index];
-    if (g.arrived && strcmp(g.what, what)) fail("threads of a warpgroup do different things: this one %s, others %s", what, g.what);
+    if (g.arrived && strcmp(g.what, what))
+        fail("threads of a warpgroup do different things: this one %s, others %s", what, g.what);
     g.what = what;
     g.args[self->linear % 128] = arg;
     if (++g.arrived < 128) return wait_for(what);
@@ -583,9 +587,7 @@ int launch(const Launch &l) {
     }
     while (error.empty() && finish_one()) {}
     current = nullptr;
-    while (!resident.empty()) {
-        end_block(resident.back());
-    }
+    while (!resident.empty()) { end_block(resident.back()); }
     catch_signals(false);
     if (error.empty()) return 0;
     const std::string other = source_lines(other_at);

@@ -13,7 +13,9 @@
 #include <utility>
 #include <vector>
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+    unsigned x, y, z;
+};
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -49,12 +51,12 @@ struct Fibre {
     bool done;
     const char *waits_for; /* "": it can run */
     uint64_t detail;
-    const volatile void *spins_on;   /* what it read last in a loop that waits for others... */
-    uint64_t spins_value;            /* ...and what it found */
+    const volatile void *spins_on; /* what it read last in a loop that waits for others... */
+    uint64_t spins_value;          /* ...and what it found */
     unsigned cluster_phase;
-    std::vector<Action> copies;              /* cp.async: issued */
-    std::deque<std::vector<Action>> groups;  /* cp.async: committed, oldest first */
-    std::deque<StoreGroup> stores;           /* oldest first */
+    std::vector<Action> copies;             /* cp.async: issued */
+    std::deque<std::vector<Action>> groups; /* cp.async: committed, oldest first */
+    std::deque<StoreGroup> stores;          /* oldest first */
     Clock clock;
 };
 
@@ -84,8 +86,8 @@ struct Warpgroup {
     int arrived = 0;
     const char *what = nullptr;
     void *args[4 * WARP];
-    std::vector<Action> products;              /* wgmma: issued */
-    std::deque<std::vector<Action>> groups;    /* wgmma: committed, oldest first */
+    std::vector<Action> products;           /* wgmma: issued */
+    std::deque<std::vector<Action>> groups; /* wgmma: committed, oldest first */
 };
 
 struct Cluster {
@@ -103,7 +105,7 @@ struct Block {
     char *shared; /* its window */
     int dynamic_bytes, end;
     std::vector<std::pair<const void *, int>> statics; /* __shared__ variables: key, offset */
-    std::vector<std::pair<int, int>> gaps; /* which nobody may write */
+    std::vector<std::pair<int, int>> gaps;             /* which nobody may write */
     int live;
     std::vector<Fibre *> fibres;
     std::vector<Warp> warps;
@@ -163,9 +165,9 @@ void touch(const void *p, size_t bytes, bool writes, const void *at = __builtin_
 
 /* ---- for the program ---- */
 
-int launch(const Launch &l); /* a cudaError_t */
+int launch(const Launch &l);           /* a cudaError_t */
 void launch_and_keep(const Launch &l); /* the error for cudaGetLastError */
-const char *message(void);   /* what went wrong last */
+const char *message(void);             /* what went wrong last */
 void set_message(const std::string &text);
 int submit(void *stream, Action what); /* does it, or records it where the stream is being captured */
 
