@@ -42,12 +42,11 @@ parser.add_argument("--device", default="cpu", help="cuda: in bf16 by autocast")
 parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode: default, max-autotune, reduce-overhead")
 a = parser.parse_args()
 torch.set_num_threads(a.threads)
-torch.set_default_device(a.device)
-model = GPT2(a.layers, a.heads, a.channels, a.vocab_size, a.max_seq_len)
+model = GPT2(a.layers, a.heads, a.channels, a.vocab_size, a.max_seq_len).to(a.device)
 forward = torch.compile(model, mode=a.compile) if a.compile else model
 groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == d], "weight_decay": 0.1 * d} for d in (1, 0)]
 optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-tokens = torch.randint(a.vocab_size, (a.steps, a.batch_size, a.seq_len + 1))
+tokens = torch.randint(a.vocab_size, (a.steps, a.batch_size, a.seq_len + 1), device=a.device)
 for step in range(a.steps):
     start = time.perf_counter()
     with torch.autocast(a.device, torch.bfloat16, enabled=a.device == "cuda"):

@@ -222,11 +222,17 @@ def export_weights(source, out, dtype, config_source):
 @click.argument("file")
 @click.option("--out", required=True, metavar="DIR", help="The folder, for transformers' from_pretrained.")
 @click.option("--state", metavar="STATE", help="A debug state, whose gradients become gradients.safetensors.")
-def import_weights(file, out, state):
+@click.option(
+    "--tokenizer",
+    metavar="T",
+    help="gpt2, bytes, a folder with a tokenizer.json, or the file: its files are put there too. Where the vocabulary's size "
+    "says it, gpt2 or bytes is taken.",
+)
+def import_weights(file, out, state, tokenizer):
     """Converts a weights file to a folder that transformers loads."""
     from llmgen import huggingface
 
-    for path in huggingface.import_weights(file, out, state):
+    for path in huggingface.import_weights(file, out, state, tokenizer):
         click.echo(path)
 
 

@@ -83,7 +83,7 @@ def _encoded(config: Config, texts: Sequence[str], name: str | None, folder: Pat
 
 def _ids(made: Tokenizer, text: str) -> list[int]:
     """Of a prompt; a text that has nothing begins with an end-of-text, as the documents of the training did."""
-    return made.encode(text).tolist() or [made.end_of_text]
+    return [*made.before_prompt, *made.encode(text).tolist()] or [made.end_of_text]
 
 
 def _is_table(name: str) -> bool:

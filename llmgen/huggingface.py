@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmgen import architectures, models
+from llmgen import architectures, models, tokenizer_files
 from llmgen.architectures import Architecture, Part
 from llmgen.config import BYTE_VOCABULARY, GPT2_VOCABULARY, Config, ModelConfig, from_tables
 from llmgen.errors import UserError
@@ -78,12 +78,14 @@ def export_weights(
     return config
 
 
-def import_weights(file: str | os.PathLike, out: str | os.PathLike, state: str | os.PathLike | None = None) -> list[Path]:
+def import_weights(
+    file: str | os.PathLike, out: str | os.PathLike, state: str | os.PathLike | None = None, tokenizer: str | None = None
+) -> list[Path]:
     """Converts a weights file to a folder that `transformers` loads; returns the files written.
 
-    They are config.json, generation_config.json and model.safetensors, in the file's own precision. state: a debug
-    state of these weights, whose gradients become gradients.safetensors, float32, under the same names.
-    Raises UserError.
+    They are config.json, generation_config.json and model.safetensors, in the file's own precision, and a tokenizer's files
+    if one is named, or known by the size of the vocabulary. state: a debug state of these weights, whose gradients become
+    gradients.safetensors, float32, under the same names. Raises UserError.
     """
     config = from_tables(Path(file).stem, weights.config_tables(file), os.fspath(file))
     architecture = architectures.of(config, os.fspath(file))
@@ -91,10 +93,14 @@ def import_weights(file: str | os.PathLike, out: str | os.PathLike, state: str |
     parts = architectures.parts(architecture, config.model, shapes)
     tensors = weights.read(file, shapes)
     gradients = debug_state.read(state, config.model.vocab_size, shapes).gradients if state is not None else None
+    tokenizer = tokenizer or tokenizer_files.known(config.model)
+    own, end_of_text = tokenizer_files.of(tokenizer, config.model) if tokenizer else ({}, None)
+    special = _special_ids(config.model) if end_of_text is None else _special(end_of_text)
     with files.folder(out) as folder, files.replacing_all() as open_output:
         written = {
-            "config.json": _to_json(_config_json(architecture, config.model, tensors.dtype)),
-            "generation_config.json": _to_json({"_from_model_config": True, **_special_ids(config.model)}),
+            "config.json": _to_json(_config_json(architecture, config.model, tensors.dtype, special)),
+            "generation_config.json": _to_json({"_from_model_config": True, **special}),
+            **own,
         }
         for name, data in written.items():
             open_output(folder / name).write(data)
@@ -345,14 +351,17 @@ def _converted(
 # JSON.
 
 
-def _config_json(architecture: Architecture, model: ModelConfig, dtype: str) -> dict:
+def _config_json(architecture: Architecture, model: ModelConfig, dtype: str, special: dict) -> dict:
     dtypes = {"fp32": "float32", "bf16": "bfloat16"}
-    return {**architectures.write(architecture, model), **_special_ids(model), "torch_dtype": dtypes[dtype]}
+    return {**architectures.write(architecture, model), **special, "torch_dtype": dtypes[dtype]}
 
 
 def _special_ids(model: ModelConfig) -> dict:
     """End-of-text of the two vocabularies that we know by their size. (Their default is GPT-2's, whatever the size.)"""
-    end_of_text = model.vocab_size - 1 if model.vocab_size in (BYTE_VOCABULARY, GPT2_VOCABULARY) else None
+    return _special(model.vocab_size - 1 if model.vocab_size in (BYTE_VOCABULARY, GPT2_VOCABULARY) else None)
+
+
+def _special(end_of_text: int | None) -> dict:
     return {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": None}
 
 

@@ -6,32 +6,50 @@ from pathlib import Path
 
 from llmgen.config import ModelConfig
 from llmgen.cpu import Profile
-from llmgen.cuda import products
+from llmgen.cuda import attention, products
 from llmgen.cuda.architecture import Architecture
 from llmgen.plan import Plan
 
-# What ops are made of; the products' epilogue uses gelu.
+# What ops are made of; the products' epilogue uses gelu. On Hopper some things are added, and some take the place of others.
 PRELUDE = {
     "c": ("c/vector.j2", "c/ops/gelu.j2", "c/gemm.j2"),
     "cuda": ("cuda/ptx.j2", "cuda/reduce.j2", "cuda/ops/gelu.j2", "cuda/gemm.j2"),
 }
 
 
-def templates(ops: Iterable[str], target: str = "c", machine: Profile | Architecture | None = None) -> list[str]:
+def templates(
+    ops: Iterable[str],
+    target: str = "c",
+    machine: Profile | Architecture | None = None,
+    precision: str = "fp32",
+    model: ModelConfig | None = None,
+) -> list[str]:
     """Template names in the order of the source, for the op templates in the order of their first use."""
-    return list(dict.fromkeys([*PRELUDE[target], *(f"{target}/ops/{name}.j2" for name in ops)]))
+    prelude, names = list(PRELUDE[target]), list(ops)
+    if uses_wgmma(machine, precision):
+        prelude[1:1] = ["cuda/ptx_sm90.j2"]
+        prelude.append("cuda/gemm_sm90.j2")
+        if model and model.head_size in attention.HOPPER_HEAD_SIZES:
+            names = ["attention_sm90" if name == "attention" else name for name in names]
+    return list(dict.fromkeys([*prelude, *(f"{target}/ops/{name}.j2" for name in names)]))
+
+
+def uses_wgmma(machine: Profile | Architecture | None, precision: str) -> bool:
+    return isinstance(machine, Architecture) and machine.is_hopper and precision == "bf16"
 
 
 def gpu_options(plan: Plan) -> dict:
     """What the CUDA templates choose by besides: number formats and the architecture."""
     program, machine = plan.config.program, plan.profile
+    shapes, wgmma = products.shapes(plan.graph), uses_wgmma(machine, program.precision)
     return {
         "precision": program.precision,
         "residual": program.residual_precision if program.precision == "bf16" else "fp32",
         "arch": machine.name,
-        "hopper": machine.is_hopper,
+        "hopper": wgmma,
+        "head_size": plan.config.model.head_size,
         "least_arch": machine.least,
-        "products": products.options(products.shapes(plan.graph), program.precision, machine.multiprocessors),
+        "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma),
     }
 
 

@@ -67,7 +67,13 @@ def sparkline(values: list[float], width: int) -> str:
 
 # TensorBoard's event files: records of length, payload and their checksums; a payload is a protocol buffer.
 
-_TAGS = {"loss": "loss/train", "val_loss": "loss/validation", "grad_norm": "grad_norm", "lr": "learning_rate"}
+_TAGS = {
+    "accuracy": "accuracy",
+    "loss": "loss/train",
+    "val_loss": "loss/validation",
+    "grad_norm": "grad_norm",
+    "lr": "learning_rate",
+}
 _TAGS |= {"tokens_per_second": "speed/tokens_per_second", "flops_per_second": "speed/flops_per_second"}
 
 

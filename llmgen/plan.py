@@ -138,7 +138,8 @@ class Plan:
     evaluate: FunctionPlan
     evaluation_tokens: int
     chunk: int
-    thread_scratch: int  # float values for each thread; on a GPU, of the kernel that runs
+    thread_scratch: int  # float values for each thread; on a GPU, of the kernel that runs, and its counters
+    turns: int  # counters of a GPU's kernels
     flops: int  # of one forward_backward, but for what is computed again
     again_flops: int  # of what is
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
@@ -294,7 +295,8 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
         working = next(value for name, value, _ in kernel_sizes if name == "THREAD_SCRATCH")
     else:
         kernel_sizes = [("CHUNK", chunk, "rows of logits that exist at a time")]
-        working = aligned(scratch.bytes(graph, config, machine), alignment) // 4
+        turns = aligned(4 * scratch.turns(graph, config, machine), alignment) // 4
+        working = aligned(scratch.bytes(graph, config, machine), alignment) // 4 + turns
     updates = list(graph.function("update").ops())
     work = {False: 0, True: 0}
     for segment in graph.function("forward_backward").segments:
@@ -312,6 +314,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
         evaluation_tokens=evaluation_tokens,
         chunk=chunk,
         thread_scratch=working,
+        turns=turns if target == "cuda" else 0,
         flops=work[False],
         again_flops=work[True],
         sizes=(*_sizes(config, evaluation_tokens), *kernel_sizes),

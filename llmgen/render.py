@@ -70,7 +70,9 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "memory": plan.memory,
         "options": kernels.options(config.model, plan.evaluation_tokens),
         "model_template": f"{plan.target}/model.j2",
-        "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
+        "kernel_templates": kernels.templates(
+            plan.templates, plan.target, plan.profile, config.program.precision, config.model
+        ),
     }
     if plan.target == "cuda":
         context["options"] |= kernels.gpu_options(plan)

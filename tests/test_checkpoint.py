@@ -151,6 +151,24 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(program, data, 
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
+def test_a_validation_that_a_signal_cut_short_is_made_up_for(program, data, tmp_path):
+    flags = [str(program), "--train-data", str(data), "--val-data", str(data), "-v", "2", "--steps", "4", "-n", "2", "--resume"]
+    long = Path(tmp_path, "long.bin")  # a validation of it takes a while
+    tokens.write(long, np.resize(tokens.read(data), 200_000), V)
+    flags[4] = str(long)
+    command = [*flags, "--val-steps", "3000", "--log-dir"]
+    process = subprocess.Popen([*command, "parts"], cwd=tmp_path, stdout=subprocess.PIPE)
+    while not process.stdout.readline().startswith(b"step 2/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert training_state.steps(tmp_path / "parts") == [2] and process.returncode == 143
+    for logs in ("parts", "whole"):
+        assert subprocess.run([*command, logs], cwd=tmp_path, capture_output=True).returncode == 0
+    ends = [metrics(tmp_path / logs) for logs in ("parts", "whole")]
+    assert ends[0] == ends[1] and [row[0] for row in ends[0] if row[4]] == [0, 2, 4]
+
+
 # what is damaged
 
 
@@ -226,7 +244,7 @@ def test_a_full_file_system_keeps_the_checkpoint_before(train, work):
         flags = ["--checkpoint-every", 4, "--save", "/dev/null"]
         fails(train("small", 12, *flags), 1, "00000012", "No space left")
         assert training_state.steps(small) == [4, 8] and training_state.is_whole(small, 8)
-        assert not [name for name in os.listdir(small) if name.startswith(".")]
+        assert not [name for name in os.listdir(small) if name.startswith(".") or "00000012" in name]
         lines = succeeds(train("small", 11, *flags, "--checkpoint-every", 0, "--resume"))
         assert any(line.startswith("resumed after step 8 ") for line in lines)
     finally:

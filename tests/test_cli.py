@@ -35,7 +35,6 @@ def test_help_is_there_at_once(tmp_path):
     [
         ((), "name a command"),
         (("nonsense",), "nonsense"),
-        (("doctor",), "doctor"),
         (("--nonsense",), "--nonsense"),
         (("plan", "--nonsense"), "--nonsense"),
         (("plan", "more"), "more"),
@@ -47,6 +46,8 @@ def test_help_is_there_at_once(tmp_path):
         (("export-tokens", "x"), "--out"),
         (("export-weights", "--out", "x"), "SOURCE"),
         (("import-weights", "--out", "x"), "FILE"),
+        (("plot", "--out", "x"), "RUN"),
+        (("doctor", "more"), "more"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
 )

@@ -115,4 +115,4 @@ def test_long_sequences(folder, head_size):
 
 
 def test_scratch_holds_delta():
-    assert attention.backward_scratch_bytes(2, 37, 3) == 2 * 37 * 3 * 4
+    assert attention.backward_scratch_bytes(2, 37, 3) == 2 * 64 * 3 * 2 * 4

@@ -223,6 +223,18 @@ class TestRuns(OnGpu):
             losses.append([line["loss"] for line in lines if "loss" in line])
         assert np.allclose(*losses, rtol=0, atol=1e-5)
 
+    def test_too_large_a_batch_is_told_what_would_fit(self, tmp_path):
+        config = small(batch_size=1 << 17, seq_len=64, channels=512, num_heads=8, num_layers=8)
+        built = program.build(config, "cuda", "native", None, tmp_path)
+        command = [built.program.resolve(), *self.data(tmp_path, config, samples=2), "--steps", "1"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        needs, free, batch = map(
+            int, re.search(r"needs (\d+) bytes.* has (\d+) free.*--batch-size (\d+)", result.stderr).groups()
+        )
+        fits = plan.make(config.replace(batch_size=batch, total_batch_size=0), "cuda").memory.total(1)
+        assert needs == plan.make(config, "cuda").memory.total(1) and 0.9 * free < fits <= free
+
     @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
     @pytest.mark.parametrize("precision", ["bf16", "fp32"])
     def test_sanitizers_find_nothing(self, tmp_path, tool, precision):

@@ -114,7 +114,7 @@ def test_without_the_gpt2_vocabulary_the_line_names_the_ways_to_get_it(monkeypat
     def no_network(name):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(tokenization, "_packaged_ranks", lambda: None)
+    monkeypatch.setattr(tokenization, "packaged_ranks", lambda: None)
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError) as error:
         tokenization.gpt2_tokenizer()
@@ -125,7 +125,7 @@ def test_without_the_gpt2_vocabulary_the_line_names_the_ways_to_get_it(monkeypat
 
 def test_a_damaged_vocabulary_file_is_not_used(monkeypatch):
     monkeypatch.setattr(tokenization, "_GPT2_VOCABULARY_SHA256", "0")
-    assert tokenization._packaged_ranks() is None
+    assert tokenization.packaged_ranks() is None
 
 
 # Exporting

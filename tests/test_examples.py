@@ -61,6 +61,12 @@ def test_fine_tuning_a_huggingface_model_and_going_back(example, tmp_path):
     assert torch.isfinite(after.lm_head.weight).all()
 
 
+def test_a_model_writes_with_and_without_python(example):
+    lines = example("generate.sh", "2")
+    assert "prompt 1 of 2:" in lines and "prompt 2 of 2:" in lines
+    assert sum(line.startswith("read ") and "| generated " in line for line in lines) == 2
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(example, tmp_path):
     lines = example("resume.sh", "90")
     assert lines[-1] == "the same model, bit for bit"

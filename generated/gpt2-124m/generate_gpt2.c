@@ -903,7 +903,7 @@ static void read_bf16(FILE *file, float *values, size_t count, const char *path)
     }
 }
 
-/* The tensors of parameter_table back to back, each stacked over the layers: weights, moments or gradients. */
+/* The tensors of parameter_table back to back, each stacked over the layers. */
 static void read_tensors(FILE *file, float *memory, int is_bf16, const char *path) {
     for (int i = 0; i < NUM_TENSORS; i++) {
         const TensorRow *row = &parameter_table[i];
@@ -980,7 +980,6 @@ static void load_tokenizer(const char *path) {
     }
     if (fgetc(file) != EOF) die(1, "%s: longer than its header allows", path);
     fclose(file);
-    if (tokenizer.size < V) say("%s: names %d of %d tokens; the others print as numbers\n", path, tokenizer.size, V);
 }
 
 /* Control characters stay out of the terminal; a part of a UTF-8 character may pass, its rest comes with the next. */

@@ -217,7 +217,13 @@ static float *thread_scratch; /* (num_threads, THREAD_SCRATCH) */
 
 /* ---- basics: errors, output, memory, time, random numbers, signals ----------------------------------------------- */
 
-static char *volatile temporary_path;  /* the file being written, if any: removed when the program fails */
+/* The file being written, if any, and one that is worthless without it: removed when the program fails. */
+static char *volatile temporary_path, *volatile companion_path;
+
+static void remove_unfinished(void) {
+    if (temporary_path) unlink(temporary_path);
+    if (companion_path) unlink(companion_path);
+}
 
 /* Ends the program with one line on stderr: what is wrong, where, what to do. */
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...) {
@@ -227,7 +233,7 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, cons
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
-    if (temporary_path) unlink(temporary_path);
+    remove_unfinished();
     exit(status);
 }
 
@@ -299,7 +305,7 @@ static volatile sig_atomic_t stop_signal;
 
 static void handle_stop(int signal_number) {
     if (stop_signal) {
-        if (temporary_path) unlink(temporary_path);
+        remove_unfinished();
         _exit(128 + signal_number);
     }
     stop_signal = signal_number;
@@ -2061,12 +2067,14 @@ static void remove_old_checkpoints(const Settings *s) {
 static void save_checkpoint(const Settings *s, Loader *data, const Progress *run) {
     name_checkpoint(s->log_dir, run->step);
     save_weights(checkpoint[MODEL], 0);
+    companion_path = checkpoint[MODEL];
     write_state(checkpoint[STATE], s, data, run);
     FILE *file = open_output(checkpoint[DONE]);
     for (int i = MODEL; i <= STATE; i++) {
         if (fprintf(file, "%016" PRIx64 "\n", checksum(checkpoint[i])) < 0) die_writing(checkpoint[DONE]);
     }
     close_output(file);
+    companion_path = NULL;
     say("saved checkpoint %d in %s\n", run->step, s->log_dir);
     if (s->checkpoint_keep > 0) remove_old_checkpoints(s);
 }
@@ -2156,7 +2164,7 @@ static void load_examples(const char *path) {
 
 /* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
 static double ending_loss(const uint16_t *context, const uint16_t *ending) {
-    static int tokens[MOST_TOKENS + 1];
+    static int tokens[MOST_TOKENS];
     const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
     for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
     for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
@@ -2194,6 +2202,7 @@ static const double FLOPS_PER_TOKEN = 746264064; /* forward and backward; a mult
 
 static FILE *metrics;       /* metrics.jsonl in --log-dir: one object a line, complete at any moment */
 static char *metrics_path;
+static int last_validated = -1, last_evaluated = -1; /* the last steps of which it has the figures */
 
 /* Its lock keeps a second run out of the folder. */
 static void open_metrics(const char *folder) {
@@ -2218,6 +2227,8 @@ static void keep_metrics(int last_step) {
     rewind(metrics);
     while (fgets(line, sizeof line, metrics) && strchr(line, '\n') && sscanf(line, "{\"step\": %d", &step) == 1) {
         if (step > last_step) break;
+        if (strstr(line, "\"val_loss\"")) last_validated = step;
+        if (strstr(line, "\"accuracy\"")) last_evaluated = step;
         end = ftello(metrics);
     }
     if (!is_device(metrics_path) && ftruncate(fileno(metrics), end) != 0) die_writing(metrics_path);
@@ -2326,12 +2337,13 @@ static void train_step(const Settings *s, Loader *data, Progress *run, int steps
 /* Every n-th step and the last; n = 0 is never. */
 static int is_due(int step, int n, int last) { return n > 0 && (step % n == 0 || step == last); }
 
-/* Up to so many steps in all, or to a signal. Before a resumed step all was done when its checkpoint was written. */
+/* Up to so many steps in all, or to a signal. A step that was resumed had its sample and its checkpoint. */
 static void train(const Settings *s, Loader *train_data, Loader *val_data, Progress *run, int steps) {
     for (const int first = run->step;; train_step(s, train_data, run, steps)) {
         const int step = run->step, is_new = step == 0 || step > first;
-        if (is_new && val_data && s->val_steps > 0 && is_due(step, s->val_every, steps)) validate(s, val_data, step);
-        if (is_new && s->eval_data && is_due(step, s->val_every, steps)) answer_examples(step);
+        const int val_due = is_due(step, s->val_every, steps);
+        if (val_due && val_data && s->val_steps > 0 && step > last_validated) validate(s, val_data, step);
+        if (val_due && s->eval_data && step > last_evaluated) answer_examples(step);
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
         if (is_new && sample_due && !stop_signal) print_sample(s, step);
         if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {

@@ -197,7 +197,13 @@ static float *scratch;     /* partial results of the kernel that runs */
 
 /* ---- basics: errors, output, memory, time, random numbers, signals ----------------------------------------------- */
 
-static char *volatile temporary_path;  /* the file being written, if any: removed when the program fails */
+/* The file being written, if any, and one that is worthless without it: removed when the program fails. */
+static char *volatile temporary_path, *volatile companion_path;
+
+static void remove_unfinished(void) {
+    if (temporary_path) unlink(temporary_path);
+    if (companion_path) unlink(companion_path);
+}
 
 /* Ends the program with one line on stderr: what is wrong, where, what to do. */
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...) {
@@ -207,7 +213,7 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, cons
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
-    if (temporary_path) unlink(temporary_path);
+    remove_unfinished();
     exit(status);
 }
 
@@ -262,7 +268,7 @@ static volatile sig_atomic_t stop_signal;
 
 static void handle_stop(int signal_number) {
     if (stop_signal) {
-        if (temporary_path) unlink(temporary_path);
+        remove_unfinished();
         _exit(128 + signal_number);
     }
     stop_signal = signal_number;
@@ -577,15 +583,15 @@ __device__ __forceinline__ void store_pack(Value *p, const Pack<Value, N> &pack)
     }
 }
 
-/* How many values of a row of c can move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
+/* How many values of a row of c move at once: 16 bytes of floatX if all rows start at multiples of that, else fewer. */
 constexpr int pack_width(int c) {
     int width = 16 / sizeof(floatX);
     while (c % width) width /= 2;
     return width;
 }
 
-/* How many warps share a row of c: as few lanes idle as can be, and no thread has more than 24 values (unless 32 warps do not
- * suffice for that), since these lie in registers. */
+/* How many warps share a row of c: as few lanes idle as can be, and no thread has more than 24 values (unless 32 warps do
+ * not suffice for that), since these lie in registers. */
 constexpr int row_warps(int c) {
     const int packs = c / pack_width(c);
     int best = 32, least_slots = 1 << 30;
@@ -606,6 +612,9 @@ enum {
     BLOCK_ROWS = ROW_THREADS == 32 ? 4 : 1,                                    /* rows that a block has at a time */
     ROW_BLOCK = BLOCK_ROWS * ROW_THREADS,                                      /* threads of such a block */
 };
+
+/* Whether channel i belongs to a row: always, where the packs of the threads are the row exactly. */
+__device__ __forceinline__ bool in_row(int i) { return ROW_THREADS * ROW_PACKS * ROW_WIDTH == C || i < C; }
 
 static int row_blocks(int n) { return (n + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 
@@ -663,9 +672,9 @@ enum {
     PARTIAL_BLOCKS = 1024, /* at most */
 };
 
-/* out += the sum of the blocks' partial sums: 32 channels a block, 8 warps that take the rows in turn. blockIdx.y: which sum. */
-__global__ void __launch_bounds__(256) sum_partials_kernel(float *first, float *second, float *third, /* (c) each, or NULL */
-                                                           const float *partial, /* (blocks, PARTIALS, c) */
+/* out (+)= the sum of the blocks' partial sums, which are (blocks, PARTIALS, c): a block has 32 channels and 8 warps that take
+ * the rows in turn. blockIdx.y says which sum: to first, second or third, (c) each, or NULL. */
+__global__ void __launch_bounds__(256) sum_partials_kernel(float *first, float *second, float *third, const float *partial,
                                                            int blocks, int c, int accumulate) {
     __shared__ float sums[8][32];
     float *out = blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third;
@@ -686,7 +695,8 @@ __global__ void __launch_bounds__(256) sum_partials_kernel(float *first, float *
 
 static void sum_partials(float *first, float *second, float *third, int blocks, int c, int accumulate) {
     if (!first && !second && !third) return;
-    sum_partials_kernel<<<dim3((c + 31) / 32, PARTIALS), 256, 0, stream>>>(first, second, third, scratch, blocks, c, accumulate);
+    const dim3 grid((c + 31) / 32, PARTIALS);
+    sum_partials_kernel<<<grid, 256, 0, stream>>>(first, second, third, scratch, blocks, c, accumulate);
     cudaCheck(cudaGetLastError());
 }
 
@@ -702,15 +712,15 @@ static int partial_blocks(int n) {
     return blocks > PARTIAL_BLOCKS ? PARTIAL_BLOCKS : blocks;
 }
 
-/* One of a block's sums: its rows of threads in their order. */
-__device__ __forceinline__ void store_partial(float *partial, const float (&sum)[ROW_PACKS][ROW_WIDTH], int c) { /* (c) */
+/* One of a block's sums, (c): its rows of threads in their order. */
+__device__ __forceinline__ void store_partial(float *partial, const float (&sum)[ROW_PACKS][ROW_WIDTH], int c) {
     __shared__ float rows[BLOCK_ROWS][BLOCK_ROWS > 1 ? ROW_THREADS * ROW_PACKS * ROW_WIDTH : 1];
     const int thread = threadIdx.x % ROW_THREADS, row = threadIdx.x / ROW_THREADS;
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
         for (int j = 0; j < ROW_WIDTH; j++) {
             if (BLOCK_ROWS > 1) rows[row][i + j] = sum[k][j];
-            else if (i < c) partial[i + j] = sum[k][j];
+            else if (in_row(i)) partial[i + j] = sum[k][j];
         }
     }
     if (BLOCK_ROWS == 1) return;
@@ -732,7 +742,7 @@ static int map_blocks(size_t n) { return (int)((n + MAP_WIDTH * MAP_THREADS - 1)
 static bool at_16_bytes(const void *p) { return (uintptr_t)p % 16 == 0; }
 
 template <float (*FUNCTION)(float), class Out, class Inp>
-__global__ void __launch_bounds__(MAP_THREADS) map_kernel(Out *out, const Inp *inp, size_t n, bool packed) { /* (n), (n) */
+__global__ void __launch_bounds__(MAP_THREADS) map_kernel(Out *out, const Inp *inp, size_t n, bool packed) {
     const size_t first = ((size_t)blockIdx.x * MAP_THREADS + threadIdx.x) * MAP_WIDTH;
     if (packed && first + MAP_WIDTH <= n) {
         const Pack<Inp, MAP_WIDTH> x = load_pack<MAP_WIDTH>(inp + first);
@@ -1215,7 +1225,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) token_embedding_kernel(floatR *out,
     const floatX *w = wte + (size_t)tokens[row] * c;
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i >= c) break;
+        if (!in_row(i)) break;
         const Pack<floatX, ROW_WIDTH> x = load_pack<ROW_WIDTH>(w + i);
         Pack<floatR, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++) y.at[j] = (floatR)(float)x.at[j];
@@ -1231,83 +1241,82 @@ static void token_embedding_forward(floatR *out,                            /* (
 }
 
 /* dwte[tokens[i]] += dout[i], each row summed in the order of i. First the indices i are sorted by their tokens, equal tokens
- * in their order, by one block. Then a block sums the rows of SPAN sorted indices, and adds them to dwte where it has all
- * rows of a token. Where a token's rows go on in the spans that follow, each leaves its part in scratch, and the block of the
- * span in which they begin adds these up. */
+ * in their order. Then a block sums the rows of SPAN sorted indices, and adds them to dwte where it has all rows of a token.
+ * Where a token's rows go on in the spans that follow, each leaves its part in scratch, and the block of the span in which
+ * they begin adds these up. */
 enum {
-    SORT_WARPS = 32,
-    SORT_BITS = 8,    /* of the tokens by which one pass sorts */
-    SORT_LOADS = 8,   /* indices that a thread has under way */
-    SPAN = 32,        /* sorted indices that a block sums */
-    SPAN_LOADS = 8,
-    EMBEDDING_BLOCK = ROW_THREADS < 256 ? ROW_THREADS * ROW_PACKS < 256 ? ROW_THREADS * ROW_PACKS : 256 : 256,
+    SORT_THREADS = 1024, /* a thread sorts an index */
+    SORT_BITS = 8,       /* of the tokens by which one pass sorts */
+    BINS = 1 << SORT_BITS,
+    SPAN = 64, /* sorted indices that a block sums */
+    SPAN_LOADS = 4,
+    EMBEDDING_BLOCK = ROW_THREADS * ROW_PACKS < 256 ? ROW_THREADS * ROW_PACKS : 256,
 };
 
-/* One pass of the sort: to = the indices of `from`, ordered by the SORT_BITS bits of their tokens from `shift` on. Without `from`
- * they are 0 to n - 1. Each warp takes a run of neighbours; a bin is a value of the bits. */
-__global__ void __launch_bounds__(32 * SORT_WARPS) sort_indices_kernel(int *to, const int *from, const int *tokens, int n,
-                                                                       int shift) {
-    enum { BINS = 1 << SORT_BITS };
-    __shared__ int starts[SORT_WARPS][BINS]; /* first how many a warp has for a bin, then where its next one goes */
-    __shared__ int totals[BINS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int run = (n + 32 * SORT_WARPS - 1) / (32 * SORT_WARPS) * 32; /* of a warp */
-    const int begin = warp * run < n ? warp * run : n, end = begin + run < n ? begin + run : n;
-    for (int bin = lane; bin < BINS; bin += 32) starts[warp][bin] = 0;
+/* One pass of the sort makes `to` of `from`: the same indices, ordered by the SORT_BITS bits of their tokens from `shift` on,
+ * which are the bin; of equal ones the earlier stays the earlier. Without `from` they are 0 to n - 1. First: counts (blocks,
+ * BINS), how many of the indices of each block fall in each bin. */
+__global__ void __launch_bounds__(SORT_THREADS) count_bins_kernel(int *counts, const int *from, const int *tokens, int n,
+                                                                  int shift) {
+    __shared__ int bins[BINS];
+    const int i = blockIdx.x * SORT_THREADS + threadIdx.x;
+    if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+    __syncthreads();
+    if (i < n) atomicAdd(&bins[tokens[from ? from[i] : i] >> shift & (BINS - 1)], 1); /* integers: any order will do */
+    __syncthreads();
+    if (threadIdx.x < BINS) counts[blockIdx.x * BINS + threadIdx.x] = bins[threadIdx.x];
+}
+
+/* Then each block knows where its indices go: behind those of lower bins, and behind those of its own bin in earlier blocks,
+ * in earlier warps, in lower lanes. */
+__global__ void __launch_bounds__(SORT_THREADS) sort_indices_kernel(int *to, const int *from, const int *tokens,
+                                                                    const int *counts, int n, int shift) {
+    __shared__ int starts[SORT_THREADS / 32][BINS]; /* first how many a warp has for a bin, then where they go */
+    __shared__ int sums[BINS / 32];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, i = blockIdx.x * SORT_THREADS + thread;
+    const int index = i >= n ? -1 : from ? from[i] : i, bin = i < n ? tokens[index] >> shift & (BINS - 1) : -1;
+    for (int b = lane; b < BINS; b += 32) starts[warp][b] = 0;
     __syncwarp();
-    for (int first = begin; first < end; first += 32 * SORT_LOADS) {
-        int bins[SORT_LOADS];
-        for (int j = 0; j < SORT_LOADS; j++) {
-            const int i = first + 32 * j + lane;
-            bins[j] = i < end ? tokens[from ? from[i] : i] >> shift & (BINS - 1) : -1;
+    unsigned peers = __ballot_sync(0xffffffff, i < n); /* the lanes with the same bin */
+    for (int bit = 0; bit < SORT_BITS; bit++) {
+        const unsigned ones = __ballot_sync(0xffffffff, bin >> bit & 1);
+        peers &= bin >> bit & 1 ? ones : ~ones;
+    }
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    if (i < n && rank == 0) starts[warp][bin] = __popc(peers);
+    int earlier = 0, all = 0, up_to = 0; /* of bin `thread`: in earlier blocks, in all; of all bins up to it */
+    if (thread < BINS) {
+#pragma unroll 8
+        for (int b = 0; b < (int)gridDim.x; b++) {
+            const int count = counts[b * BINS + thread];
+            earlier += b < (int)blockIdx.x ? count : 0;
+            all += count;
         }
-        for (int j = 0; j < SORT_LOADS; j++)
-            if (bins[j] >= 0) atomicAdd(&starts[warp][bins[j]], 1); /* integers: any order gives the same */
+        up_to = all;
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int lower = __shfl_up_sync(0xffffffff, up_to, distance);
+            if (lane >= distance) up_to += lower;
+        }
+        if (lane == 31) sums[warp] = up_to;
     }
     __syncthreads();
-    if (threadIdx.x < BINS) {
-        int total = 0;
-        for (int w = 0; w < SORT_WARPS; w++) {
-            const int count = starts[w][threadIdx.x];
-            starts[w][threadIdx.x] = total;
-            total += count;
+    if (thread < BINS) {
+        int start = up_to - all + earlier;
+        for (int w = 0; w < warp; w++) start += sums[w];
+        for (int w = 0; w < SORT_THREADS / 32; w++) {
+            const int count = starts[w][thread];
+            starts[w][thread] = start;
+            start += count;
         }
-        totals[threadIdx.x] = total;
     }
     __syncthreads();
-    for (int bin = lane; bin < BINS; bin += 32) {
-        int before = 0;
-        for (int b = 0; b < bin; b++) before += totals[b];
-        starts[warp][bin] += before;
-    }
-    __syncwarp();
-    for (int first = begin; first < end; first += 32 * SORT_LOADS) {
-        int indices[SORT_LOADS], bins[SORT_LOADS];
-        for (int j = 0; j < SORT_LOADS; j++) {
-            const int i = first + 32 * j + lane;
-            indices[j] = i < end ? from ? from[i] : i : -1;
-            bins[j] = i < end ? tokens[indices[j]] >> shift & (BINS - 1) : -1;
-        }
-        for (int j = 0; j < SORT_LOADS; j++) {
-            unsigned peers = __ballot_sync(0xffffffff, bins[j] >= 0); /* lanes with the same bin */
-            for (int bit = 0; bit < SORT_BITS; bit++) {
-                const unsigned ones = __ballot_sync(0xffffffff, bins[j] >> bit & 1);
-                peers &= bins[j] >> bit & 1 ? ones : ~ones;
-            }
-            const int rank = __popc(peers & ((1u << lane) - 1));
-            if (bins[j] >= 0) to[starts[warp][bins[j]] + rank] = indices[j];
-            __syncwarp();
-            if (bins[j] >= 0 && rank == 0) starts[warp][bins[j]] += __popc(peers);
-            __syncwarp();
-        }
-    }
+    if (i < n) to[starts[warp][bin] + rank] = index;
 }
 
 /* Span s: SPAN sorted indices. parts (spans, 2, c): [s][0] is the sum of the rows that go on from the span before, [s][1] of
  * those that begin here and go on in the next. */
-__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kernel(float *dwte, float *parts, const floatR *dout,
-                                                                                   const int *tokens, const int *order, int n,
-                                                                                   int c) {
+__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kernel(
+    float *dwte, float *parts, const floatR *dout, const int *tokens, const int *order, int n, int c) {
     __shared__ int indices[SPAN], rows[SPAN];
     const int first = blockIdx.x * SPAN, count = n - first < SPAN ? n - first : SPAN;
     for (int p = threadIdx.x; p < count; p += EMBEDDING_BLOCK) {
@@ -1315,7 +1324,8 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kern
         rows[p] = tokens[indices[p]];
     }
     __syncthreads();
-    const int before = first > 0 ? tokens[order[first - 1]] : -1, after = first + count < n ? tokens[order[first + count]] : -1;
+    const int before = first > 0 ? tokens[order[first - 1]] : -1;
+    const int after = first + count < n ? tokens[order[first + count]] : -1;
     for (int i = threadIdx.x * ROW_WIDTH; i < c; i += EMBEDDING_BLOCK * ROW_WIDTH) {
         Pack<float, ROW_WIDTH> sum = {};
         for (int p = 0; p < count; p += SPAN_LOADS) {
@@ -1343,8 +1353,8 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kern
 }
 
 /* Adds up, in their order, the parts of a token whose rows begin in span blockIdx.x and go on behind it. */
-__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(float *dwte, const float *parts, const int *tokens,
-                                                                                const int *order, int n, int c) {
+__global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(
+    float *dwte, const float *parts, const int *tokens, const int *order, int n, int c) {
     const int span = blockIdx.x, next = (span + 1) * SPAN;
     if (next >= n) return;
     const int token = tokens[order[next]];
@@ -1357,10 +1367,12 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(
     }
     for (int i = threadIdx.x * ROW_WIDTH; i < c; i += EMBEDDING_BLOCK * ROW_WIDTH) {
         Pack<float, ROW_WIDTH> sum = load_pack<ROW_WIDTH>(parts + ((size_t)span * 2 + 1) * c + i);
-#pragma unroll 8
-        for (int s = span + 1; s <= low / SPAN; s++) {
-            const Pack<float, ROW_WIDTH> part = load_pack<ROW_WIDTH>(parts + (size_t)s * 2 * c + i);
-            for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += part.at[j];
+        for (int s = span + 1; s <= low / SPAN; s += SPAN_LOADS) {
+            Pack<float, ROW_WIDTH> part[SPAN_LOADS] = {};
+            for (int k = 0; k < SPAN_LOADS; k++)
+                if (s + k <= low / SPAN) part[k] = load_pack<ROW_WIDTH>(parts + (size_t)(s + k) * 2 * c + i);
+            for (int k = 0; k < SPAN_LOADS; k++)
+                for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += part[k].at[j];
         }
         float *out = dwte + (size_t)token * c + i;
         const Pack<float, ROW_WIDTH> d = load_pack<ROW_WIDTH>(out);
@@ -1372,21 +1384,22 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_parts_kernel(
 static void token_embedding_backward(float *dwte,                            /* (rows, c) */
                                      const floatR *dout, const int *tokens, /* (n, c), (n) */
                                      int rows, int n, int c, int accumulate) {
-    const int spans = (n + SPAN - 1) / SPAN;
-    int *order = (int *)scratch, *other = order + (n + 63) / 64 * 64;
-    float *parts = (float *)other + (n + 63) / 64 * 64; /* (spans, 2, c) */
+    const int spans = (n + SPAN - 1) / SPAN, sorters = (n + SORT_THREADS - 1) / SORT_THREADS, room = (n + 63) / 64 * 64;
+    int *orders[2] = {(int *)scratch, (int *)scratch + room}, *counts = orders[1] + room; /* (n) each, (sorters, BINS) */
+    float *parts = (float *)(counts + sorters * BINS);                                   /* (spans, 2, c) */
+    const int *order = NULL;
     if (!accumulate) cudaCheck(cudaMemsetAsync(dwte, 0, (size_t)rows * c * sizeof(float), stream));
-    const int *from = NULL;
-    for (int shift = 0; shift == 0 || (rows - 1) >> shift > 0; shift += SORT_BITS) {
-        sort_indices_kernel<<<1, 32 * SORT_WARPS, 0, stream>>>(order, from, tokens, n, shift);
+    for (int pass = 0; pass == 0 || (rows - 1) >> SORT_BITS * pass > 0; pass++) {
+        count_bins_kernel<<<sorters, SORT_THREADS, 0, stream>>>(counts, order, tokens, n, SORT_BITS * pass);
         cudaCheck(cudaGetLastError());
-        from = order;
-        order = other;
-        other = (int *)from;
+        int *next = orders[pass % 2];
+        sort_indices_kernel<<<sorters, SORT_THREADS, 0, stream>>>(next, order, tokens, counts, n, SORT_BITS * pass);
+        cudaCheck(cudaGetLastError());
+        order = next;
     }
-    token_embedding_backward_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, dout, tokens, from, n, c);
+    token_embedding_backward_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, dout, tokens, order, n, c);
     cudaCheck(cudaGetLastError());
-    token_embedding_parts_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, tokens, from, n, c);
+    token_embedding_parts_kernel<<<spans, EMBEDDING_BLOCK, 0, stream>>>(dwte, parts, tokens, order, n, c);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1399,7 +1412,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) position_embedding_kernel(floatR *o
     const size_t at = (size_t)row * c, position = (size_t)(row % t) * c;
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i >= c) break;
+        if (!in_row(i)) break;
         Pack<floatR, ROW_WIDTH> x = load_pack<ROW_WIDTH>(inp + at + i);
         const Pack<floatX, ROW_WIDTH> p = load_pack<ROW_WIDTH>(wpe + position + i);
         for (int j = 0; j < ROW_WIDTH; j++) x.at[j] = (floatR)((float)x.at[j] + (float)p.at[j]);
@@ -1451,7 +1464,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) layernorm_forward_kernel(floatX *ou
     Pack<floatR, ROW_WIDTH> x[ROW_PACKS] = {};
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i < c) x[k] = load_pack<ROW_WIDTH>(inp + at + i);
+        if (in_row(i)) x[k] = load_pack<ROW_WIDTH>(inp + at + i);
     }
     float sum[1] = {0.0f}, squares[1] = {0.0f};
     for (int k = 0; k < ROW_PACKS; k++)
@@ -1459,14 +1472,14 @@ __global__ void __launch_bounds__(ROW_BLOCK) layernorm_forward_kernel(floatX *ou
     row_sums(sum);
     const float m = sum[0] / c;
     for (int k = 0; k < ROW_PACKS; k++) {
-        if ((k * ROW_THREADS + thread) * ROW_WIDTH >= c) break;
+        if (!in_row((k * ROW_THREADS + thread) * ROW_WIDTH)) break;
         for (int j = 0; j < ROW_WIDTH; j++) squares[0] += ((float)x[k].at[j] - m) * ((float)x[k].at[j] - m);
     }
     row_sums(squares);
     const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON);
     for (int k = 0; k < ROW_PACKS; k++) {
         const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (i >= c) break;
+        if (!in_row(i)) break;
         const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i), b = load_pack<ROW_WIDTH>(bias + i);
         Pack<floatX, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++)
@@ -1488,52 +1501,56 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, /* (n, c), 
 
 /* With g = dout * weight:  dinp = addend + rstd * (g - mean(g) - xhat * mean(g * xhat));
  * dweight += dout * xhat and dbias += dout, summed over the rows.
- * On request also dsum += dinp, summed over the rows (what lies below reads dinp as its dout: this is the gradient of its bias),
- * and dinp rounded to floatX. A block has every gridDim.x-th of its groups of BLOCK_ROWS rows, and of each row reads all tensors
- * once. */
+ * On request also dsum += dinp, summed over the rows (what lies below reads dinp as its dout: this is the gradient of its
+ * bias), and dinp rounded to floatX. A block has every gridDim.x-th of the groups of BLOCK_ROWS rows, and reads each row once. */
+template <bool ADDEND>
 __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_kernel(
-    floatR *dinp, floatX *dinp_copy, float *partial, const floatX *dout, const floatR *inp, const float *mean, const float *rstd,
-    const floatX *weight, const floatR *addend, int n, int c, bool make_dsum) {
+    floatR *dinp, floatX *dinp_copy, float *partial, const floatX *dout, const floatR *inp, const float *mean,
+    const float *rstd, const floatX *weight, const floatR *addend, int n, int c, bool make_dsum) {
     const int thread = threadIdx.x % ROW_THREADS;
+    const float per_channel = 1.0f / c;
+    Pack<floatX, ROW_WIDTH> w[ROW_PACKS] = {};
+    for (int k = 0; k < ROW_PACKS; k++) {
+        const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
+        if (in_row(i)) w[k] = load_pack<ROW_WIDTH>(weight + i);
+    }
     float dweight[ROW_PACKS][ROW_WIDTH] = {};
     float dbias[ROW_PACKS][ROW_WIDTH] = {};
     float dsum[ROW_PACKS][ROW_WIDTH] = {};
     for (int row = blockIdx.x * BLOCK_ROWS + threadIdx.x / ROW_THREADS; row < n; row += gridDim.x * BLOCK_ROWS) {
         const size_t at = (size_t)row * c;
+        const float m = mean[row], s = rstd[row];
         Pack<floatX, ROW_WIDTH> g[ROW_PACKS] = {};
         Pack<floatR, ROW_WIDTH> x[ROW_PACKS] = {}, before[ROW_PACKS] = {};
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-            if (i >= c) break;
+            if (!in_row(i)) break;
             g[k] = load_pack<ROW_WIDTH>(dout + at + i);
             x[k] = load_pack<ROW_WIDTH>(inp + at + i);
-            if (addend) before[k] = load_pack<ROW_WIDTH>(addend + at + i);
+            if (ADDEND) before[k] = load_pack<ROW_WIDTH>(addend + at + i);
         }
-        const float m = mean[row], s = rstd[row];
         float sums[2] = {0.0f, 0.0f}; /* of g and of g * xhat */
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-            if (i >= c) break;
-            const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i);
+            if (!in_row(i)) break;
             for (int j = 0; j < ROW_WIDTH; j++) {
                 const float d = (float)g[k].at[j], xhat = ((float)x[k].at[j] - m) * s;
                 dweight[k][j] += d * xhat;
                 dbias[k][j] += d;
-                sums[0] += d * (float)w.at[j];
-                sums[1] += d * (float)w.at[j] * xhat;
+                sums[0] += d * (float)w[k].at[j];
+                sums[1] += d * (float)w[k].at[j] * xhat;
             }
         }
         row_sums(sums);
-        const float mean_g = sums[0] / c, mean_dot = sums[1] / c;
+        const float mean_g = sums[0] * per_channel, mean_dot = sums[1] * per_channel;
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-            if (i >= c) break;
-            const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i);
+            if (!in_row(i)) break;
             Pack<floatR, ROW_WIDTH> out;
             Pack<floatX, ROW_WIDTH> copy;
             for (int j = 0; j < ROW_WIDTH; j++) {
                 const float xhat = ((float)x[k].at[j] - m) * s;
-                const float d = (float)before[k].at[j] + s * ((float)g[k].at[j] * (float)w.at[j] - mean_g - xhat * mean_dot);
+                const float change = s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot), d = (float)before[k].at[j] + change;
                 out.at[j] = (floatR)d;
                 copy.at[j] = (floatX)d;
                 dsum[k][j] += d;
@@ -1556,8 +1573,9 @@ static void layernorm_backward(floatR *dinp, float *dweight, float *dbias, /* (n
                                int n, int c, int accumulate,
                                float *dsum = NULL, floatX *dinp_copy = NULL) { /* (c), (n, c) */
     const int blocks = partial_blocks(n);
-    layernorm_backward_kernel<<<blocks, ROW_BLOCK, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd,
-                                                                weight, addend, n, c, dsum != NULL);
+    const auto kernel = addend ? layernorm_backward_kernel<true> : layernorm_backward_kernel<false>;
+    kernel<<<blocks, ROW_BLOCK, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd, weight, addend, n, c,
+                                             dsum != NULL);
     cudaCheck(cudaGetLastError());
     sum_partials(dweight, dbias, dsum, blocks, c, accumulate);
 }
@@ -2133,7 +2151,7 @@ enum {
     LOSS_THREADS = VP > 16384 ? 512 : VP > 2048 ? 256 : 64, /* a row of logits belongs to a block */
     LOSS_LOADS = 4,                                         /* packs that a thread has under way */
     LOSS_STEP = LOSS_THREADS * VOCABULARY_WIDTH,
-    ROW_IS_HELD = VP * sizeof(floatX) + 512 <= 99 * 1024, /* a block keeps its row in shared memory; else it reads it again */
+    ROW_IS_HELD = VP * sizeof(floatX) + 512 <= 99 * 1024,   /* in shared memory; else the block reads it again */
 };
 
 /* exp(x - largest), in one multiply-add and one power of 2. */
@@ -2141,11 +2159,12 @@ __device__ __forceinline__ float exp_minus(float x, float largest) {
     return exp2_approx(fmaf(x, 1.4426950408889634f, largest * -1.4426950408889634f));
 }
 
-/* The loss of each row of logits and, with BACKWARD, in their place the gradient of loss_scale times the loss; 0 in the padding.
- * The row is read once: the sum of the exponentials runs along with the largest logit, and is rescaled when that grows. */
+/* The loss of each row of logits and, with BACKWARD, in their place the gradient of loss_scale times the loss; 0 in the
+ * padding. The row is read once: the sum of the exponentials runs along with the largest logit, and is rescaled when that
+ * grows. */
 template <bool BACKWARD>
-__global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS) loss_kernel(float *losses, floatX *logits, const int *targets,
-                                                                                 float loss_scale) { /* (rows), (rows, VP), (rows) */
+__global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS)
+    loss_kernel(float *losses, floatX *logits, const int *targets, float loss_scale) { /* (rows), (rows, VP), (rows) */
     typedef Pack<floatX, VOCABULARY_WIDTH> Logits;
     extern __shared__ Logits held[];
     __shared__ float warp_largest[LOSS_THREADS / 32], warp_total[LOSS_THREADS / 32];
@@ -2184,7 +2203,8 @@ __global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS) loss_kernel
     largest = warp_largest[0];
     for (int warp = 1; warp < LOSS_THREADS / 32; warp++) largest = fmaxf(largest, warp_largest[warp]);
     total = 0.0f;
-    for (int warp = 0; warp < LOSS_THREADS / 32; warp++) total += warp_total[warp] * fast_exp(warp_largest[warp] - largest);
+    for (int warp = 0; warp < LOSS_THREADS / 32; warp++)
+        total += warp_total[warp] * fast_exp(warp_largest[warp] - largest);
     const float lse = logf(total) + largest;
     const float loss = lse - correct;
     if (threadIdx.x == 0) losses[blockIdx.x] = loss;
@@ -2226,7 +2246,7 @@ static void classifier_forward_backward(float *losses, floatX *dinp, float *dwei
                                         floatX *logits,                                     /* (CHUNK, VP) */
                                         const floatX *inp, const floatX *weight, /* (n, C), (VP, C) */
                                         const int *targets, float loss_scale, int n, int accumulate) {
-    const int held = ROW_IS_HELD ? (V + VOCABULARY_WIDTH - 1) / VOCABULARY_WIDTH * VOCABULARY_WIDTH * (int)sizeof(floatX) : 0;
+    const int held = ROW_IS_HELD ? VP * (int)sizeof(floatX) : 0;
     cudaCheck(cudaFuncSetAttribute(loss_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, held));
     for (int first = 0; first < n; first += CHUNK) {
         const int rows = n - first < CHUNK ? n - first : CHUNK;
@@ -2245,8 +2265,10 @@ static void classifier_forward_backward(float *losses, floatX *dinp, float *dwei
 
 enum { NORM_PARTS = 1024, NORM_THREADS = 256 };
 
-__global__ void __launch_bounds__(NORM_THREADS) squares_kernel(double *parts, const float *x, size_t n) { /* (NORM_PARTS), (n) */
-    const size_t packs = n / 4, step = (size_t)NORM_PARTS * NORM_THREADS, first = (size_t)blockIdx.x * NORM_THREADS + threadIdx.x;
+/* parts (NORM_PARTS): the squares of x (n), 4 values at a time; a block has every NORM_PARTS-th run of NORM_THREADS. */
+__global__ void __launch_bounds__(NORM_THREADS) squares_kernel(double *parts, const float *x, size_t n) {
+    const size_t packs = n / 4, step = (size_t)NORM_PARTS * NORM_THREADS;
+    const size_t first = (size_t)blockIdx.x * NORM_THREADS + threadIdx.x;
     float sums[4] = {};
 #pragma unroll 4
     for (size_t i = first; i < packs; i += step) {
@@ -2321,9 +2343,9 @@ __global__ void __launch_bounds__(256) adamw_kernel(float *param, floatX *workin
 }
 
 /* param: in full precision, the master weights; working: the same, rounded. */
-static void adamw_update(float *param, floatX *working, float *m, float *v, const float *grad, /* as many as tensors say, each */
-                         const Tensors *tensors, float grad_scale, float learning_rate, float beta1, float beta2, float epsilon,
-                         int step) {
+static void adamw_update(float *param, floatX *working, float *m, float *v, const float *grad, /* as many as tensors say */
+                         const Tensors *tensors, float grad_scale, float learning_rate, float beta1, float beta2,
+                         float epsilon, int step) {
     const float correct1 = (float)(1.0 / (1.0 - pow(beta1, step))), correct2 = (float)(1.0 / (1.0 - pow(beta2, step)));
     const size_t n = tensors->end[tensors->count - 1];
     adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale,
@@ -3131,12 +3153,14 @@ static void remove_old_checkpoints(const Settings *s) {
 static void save_checkpoint(const Settings *s, Loader *data, const Progress *run) {
     name_checkpoint(s->log_dir, run->step);
     save_weights(checkpoint[MODEL], 1);
+    companion_path = checkpoint[MODEL];
     write_state(checkpoint[STATE], s, data, run);
     FILE *file = open_output(checkpoint[DONE]);
     for (int i = MODEL; i <= STATE; i++) {
         if (fprintf(file, "%016" PRIx64 "\n", checksum(checkpoint[i])) < 0) die_writing(checkpoint[DONE]);
     }
     close_output(file);
+    companion_path = NULL;
     say("saved checkpoint %d in %s\n", run->step, s->log_dir);
     if (s->checkpoint_keep > 0) remove_old_checkpoints(s);
 }
@@ -3226,7 +3250,7 @@ static void load_examples(const char *path) {
 
 /* The mean loss of the tokens of an ending behind a context, which is cut at its beginning if both are too long. */
 static double ending_loss(const uint16_t *context, const uint16_t *ending) {
-    static int tokens[MOST_TOKENS + 1];
+    static int tokens[MOST_TOKENS];
     const int kept = context[0] + ending[0] <= MOST_TOKENS ? context[0] : MOST_TOKENS - ending[0], n = kept + ending[0];
     for (int t = 0; t < kept; t++) tokens[t] = context[1 + context[0] - kept + t];
     for (int t = 0; t < ending[0]; t++) tokens[kept + t] = ending[1 + t];
@@ -3264,6 +3288,7 @@ static const double FLOPS_PER_TOKEN = 808195584; /* forward and backward; a mult
 
 static FILE *metrics;       /* metrics.jsonl in --log-dir: one object a line, complete at any moment */
 static char *metrics_path;
+static int last_validated = -1, last_evaluated = -1; /* the last steps of which it has the figures */
 
 /* Its lock keeps a second run out of the folder. */
 static void open_metrics(const char *folder) {
@@ -3288,6 +3313,8 @@ static void keep_metrics(int last_step) {
     rewind(metrics);
     while (fgets(line, sizeof line, metrics) && strchr(line, '\n') && sscanf(line, "{\"step\": %d", &step) == 1) {
         if (step > last_step) break;
+        if (strstr(line, "\"val_loss\"")) last_validated = step;
+        if (strstr(line, "\"accuracy\"")) last_evaluated = step;
         end = ftello(metrics);
     }
     if (!is_device(metrics_path) && ftruncate(fileno(metrics), end) != 0) die_writing(metrics_path);
@@ -3388,12 +3415,13 @@ static void train_step(const Settings *s, Loader *data, Progress *run, int steps
 /* Every n-th step and the last; n = 0 is never. */
 static int is_due(int step, int n, int last) { return n > 0 && (step % n == 0 || step == last); }
 
-/* Up to so many steps in all, or to a signal. Before a resumed step all was done when its checkpoint was written. */
+/* Up to so many steps in all, or to a signal. A step that was resumed had its sample and its checkpoint. */
 static void train(const Settings *s, Loader *train_data, Loader *val_data, Progress *run, int steps) {
     for (const int first = run->step;; train_step(s, train_data, run, steps)) {
         const int step = run->step, is_new = step == 0 || step > first;
-        if (is_new && val_data && s->val_steps > 0 && is_due(step, s->val_every, steps)) validate(s, val_data, step);
-        if (is_new && s->eval_data && is_due(step, s->val_every, steps)) answer_examples(step);
+        const int val_due = is_due(step, s->val_every, steps);
+        if (val_due && val_data && s->val_steps > 0 && step > last_validated) validate(s, val_data, step);
+        if (val_due && s->eval_data && step > last_evaluated) answer_examples(step);
         const int sample_due = steps == 0 || (step > 0 && is_due(step, s->sample_every, steps));
         if (is_new && sample_due && !stop_signal) print_sample(s, step);
         if (step > first && s->checkpoint_every > 0 && (is_due(step, s->checkpoint_every, steps) || stop_signal)) {

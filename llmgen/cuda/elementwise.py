@@ -1,7 +1,7 @@
 """Bytes of scratch memory that the CUDA kernels outside of products and attention need."""
 
 PARTIAL_BLOCKS, PARTIALS = 1024, 3  # as in templates/cuda/reduce.j2
-SPAN = 32  # as in templates/cuda/ops/token_embedding.j2
+SORT_THREADS, BINS, SPAN = 1024, 256, 64  # as in templates/cuda/ops/token_embedding.j2
 NORM_PARTS = 1024  # as in templates/cuda/ops/global_norm.j2
 
 
@@ -16,8 +16,8 @@ def qk_norm_scratch(n: int, heads: int, head_size: int) -> int:
 
 
 def token_embedding_scratch(n: int, c: int) -> int:
-    """token_embedding_backward: the order of the tokens twice, and two parts of sums for each span."""
-    return 2 * 4 * (-(-n // 64) * 64) + 2 * 4 * -(-n // SPAN) * c
+    """token_embedding_backward: the order of the tokens twice, counts for sorting, and two parts of sums for each span."""
+    return 4 * (2 * (-(-n // 64) * 64) + -(-n // SORT_THREADS) * BINS + 2 * -(-n // SPAN) * c)
 
 
 def global_norm_scratch() -> int:

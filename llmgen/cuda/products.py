@@ -1,4 +1,5 @@
-"""Matrix products of the portable CUDA kernels (templates/cuda/gemm.j2): which tile and how many parts each one gets.
+"""Matrix products of the CUDA kernels: which tile and how many parts each one gets (templates/cuda/gemm.j2; on Hopper those
+that TMA can take go to templates/cuda/gemm_sm90.j2, see hopper.py).
 
 Plain functions of integers. What comes out is `options["products"]` for the templates, and bytes of scratch for the plan.
 """
@@ -6,6 +7,7 @@ Plain functions of integers. What comes out is `options["products"]` for the tem
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmgen.cuda import hopper
 from llmgen.graph import Graph
 
 KiB = 1 << 10
@@ -135,12 +137,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of a function: where `when` (C, empty for always) holds, this computes it. parts: of a weight gradient, else 0."""
+    """A line of a function: where `when` (C, empty for always) holds, this computes it.
+
+    parts: of a weight gradient (on Hopper also how they are summed), else 0.
+    """
 
     when: str
     product: str
     aligned: str
-    parts: int = 0
+    parts: int | str = 0
 
 
 def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
@@ -171,8 +176,20 @@ def _parts_limit(shape: Shape) -> int:
     return max(1, min(32, k // LEAST_TERMS, SCRATCH_LIMIT // (4 * m * n)))
 
 
-def scratch_bytes(shape: Shape, precision: str, multiprocessors: int) -> int:
+def by_tma(shape: Shape, precision: str, wgmma: bool) -> bool:
+    """Whether the Hopper kernels compute it. wgmma: whether there are such."""
+    return wgmma and shape.aligned(precision)
+
+
+def turns(shape: Shape, precision: str, wgmma: bool) -> int:
+    """Counters that a function needs."""
+    return hopper.turns(shape.function, shape.n, shape.c, shape.oc) if by_tma(shape, precision, wgmma) else 0
+
+
+def scratch_bytes(shape: Shape, precision: str, multiprocessors: int, wgmma: bool = False) -> int:
     """What a function needs of the device memory that all kernels share: parts of a weight gradient, and sums of columns."""
+    if by_tma(shape, precision, wgmma):
+        return hopper.scratch_bytes(shape.function, shape.n, shape.c, shape.oc)
     choice = choose(shape, precision, multiprocessors)
     if shape.function == "linear_backward_weight":
         weights = choice.parts * shape.oc * shape.c if choice.parts > 1 else 0
@@ -183,7 +200,7 @@ def scratch_bytes(shape: Shape, precision: str, multiprocessors: int) -> int:
     return 0
 
 
-def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> dict:
+def options(shapes: Iterable[Shape], precision: str, multiprocessors: int, wgmma: bool = False) -> dict:
     """What the templates need: `tiles`, and for each function its rules.
 
     Rules look at c and oc alone, so that they serve any number of rows. Without a shape of a function: rules for any shape.
@@ -193,12 +210,19 @@ def options(shapes: Iterable[Shape], precision: str, multiprocessors: int) -> di
     for function in LAYOUTS:
         groups: dict = {}
         for shape in (s for s in shapes if s.function == function):
-            choice = choose(shape, precision, multiprocessors)
-            parts = choice.parts if function == "linear_backward_weight" else 0
+            if by_tma(shape, precision, wgmma):
+                choice = hopper.choose(function, shape.n, shape.c, shape.oc)
+                parts = f"{choice.parts}, {'APART' if choice.apart else 'IN_TURN'}"
+            else:
+                choice = choose(shape, precision, multiprocessors)
+                parts = choice.parts
+            if function != "linear_backward_weight":
+                parts = 0
             conditions = groups.setdefault((choice.tile, shape.aligned(precision), parts), [])
             conditions.append(f"c == {shape.c} && oc == {shape.oc}")
         found[function] = _rules(function, groups) if groups else any_shape(function, precision)
         found["tiles"] += [tile for tile, *_ in groups] if shapes else TILES
+    found["hopper"] = hopper.options(tile for tile in found["tiles"] if isinstance(tile, hopper.Tile))
     found["tiles"] = [tile for tile in TILES if tile in found["tiles"]] if precision == "bf16" else []
     return found
 

@@ -14,12 +14,21 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
     return -(-rows // max(parts, 1))
 
 
+def turns(graph: Graph, config: Config, machine: Architecture) -> int:
+    """Counters of the kernel that runs; only those for Hopper have some."""
+    precision = config.program.precision
+    if not machine.is_hopper or precision != "bf16":
+        return 0
+    return max(attention.COUNTERS, *(products.turns(shape, precision, True) for shape in products.shapes(graph)))
+
+
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     """The most that any one kernel needs: they run one after another."""
     model, b, t = config.model, config.program.batch_size, config.program.seq_len
     heads = model.num_heads + 2 * model.num_kv_heads
     of_products = [
-        products.scratch_bytes(shape, config.program.precision, machine.multiprocessors) for shape in products.shapes(graph)
+        products.scratch_bytes(shape, config.program.precision, machine.multiprocessors, machine.is_hopper)
+        for shape in products.shapes(graph)
     ]
     return max(
         *of_products,

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 # Misaligned accesses and indices outside of arrays trap, which the emulator reports.
 FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-g1", "-fno-gnu-unique", "-fPIC", "-fno-strict-aliasing", "-w"),
-    *("-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"),
+    *("-fno-omit-frame-pointer", "-fno-optimize-sibling-calls", "-fno-threadsafe-statics"),
     *("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"),
 ]
 

@@ -150,7 +150,7 @@ void tma_load_boxes(uint32_t to, const CUtensorMap *map, const int *at, int rank
         char *box = shared_pointer(target | (to & OFFSET), bytes, 128);
         State *s = state(blocks ? target | (barrier & OFFSET) : barrier);
         memset(box, 0xFF, bytes);
-        touch(box, bytes, true);
+        touch(box, bytes, true, __builtin_return_address(0));
         if (checking_races) join(clock_of(s), current->clock);
         later([=] {
             const uint32_t first = to & OFFSET;
@@ -172,7 +172,7 @@ void bulk_load(uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier) {
     char *p = shared_pointer(to, bytes, 16);
     State *s = state(barrier);
     memset(p, 0xFF, bytes);
-    touch(p, bytes, true);
+    touch(p, bytes, true, __builtin_return_address(0));
     if (checking_races) join(clock_of(s), current->clock);
     later([=] {
         memcpy(p, (const void *)from, bytes);

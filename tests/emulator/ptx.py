@@ -121,12 +121,12 @@ def translate(statement: str) -> str:
         writes, constraint, expression = match.groups()
         if writes:
             results.add(i)
-            lines.append(f"auto &x{i} = {expression};")
-            lines.append(f"(void)ptx::operand_{constraint}(x{i});")
+            lines.append(f"auto &asm_{i} = {expression};")
+            lines.append(f"(void)ptx::operand_{constraint}(asm_{i});")
         elif constraint == "n":
-            lines.append(f"constexpr int x{i} = {expression};")
+            lines.append(f"constexpr int asm_{i} = {expression};")
         else:
-            lines.append(f"const auto x{i} = ptx::operand_{constraint}({expression});")
+            lines.append(f"const auto asm_{i} = ptx::operand_{constraint}({expression});")
     registers: set[str] = set()
     for line in _statements(_string(code)):
         lines.append(_instruction(line, registers, results))
@@ -168,7 +168,7 @@ def _instruction(line: str, registers: set[str], results: set[int]) -> str:
 
 
 def _argument(text: str, registers: set[str], results: set[int], first: bool) -> str:
-    """%0 -> x0, or &x0 where it is a result; [%0] -> x0; {..} -> {..}; %%laneid -> special_laneid()."""
+    """%0 -> asm_0, or &asm_0 where it is a result; [%0] -> asm_0; {..} -> {..}; %%laneid -> special_laneid()."""
     text = text.removeprefix("_|")
     if text[0] == "[":
         inner = split(text[1:-1], ",")
@@ -178,9 +178,9 @@ def _argument(text: str, registers: set[str], results: set[int], first: bool) ->
     if special := re.fullmatch(r"%%?([a-z][\w.]*)", text):
         return f"ptx::special_{special[1].replace('.', '_')}()"
     if number := re.fullmatch(r"%(\d+)", text):
-        return f"&x{number[1]}" if int(number[1]) in results else f"x{number[1]}"
+        return f"&asm_{number[1]}" if int(number[1]) in results else f"asm_{number[1]}"
     if text in registers:
         return f"&{text}" if first else text
     if re.fullmatch(r"[\w%+\- ]+", text):  # a number, or an address with an offset
-        return re.sub(r"%(\d+)", r"x\1", text)
+        return re.sub(r"%(\d+)", r"asm_\1", text)
     raise ValueError(f"the emulator does not know the operand {text}")

@@ -50,8 +50,8 @@ void acquire_from(Fibre *f, const Clock &clock) {
     if (checking_races) join(f->clock, clock);
 }
 
-static void race(const Access &other, bool wrote, bool writes, uint32_t offset, const void *at) {
-    found_at = {(char *)at - 1}, other_at = {(char *)other.at - 1};
+static void race(const Access &other, bool wrote, bool writes, uint32_t offset) {
+    other_at = {(char *)other.at - 1};
     const unsigned threads = current->block->fibres.size();
     fail("a race: it %s shared memory at %u, thread %u%s %s it, and neither waits for the other", writes ? "writes" : "reads",
          offset - SHARED_BASE, other.thread % threads, other.thread / threads != (unsigned)current->block->rank ? " of another block" : "",
@@ -70,22 +70,22 @@ static void access(const void *p, size_t bytes, bool writes, const void *at) {
     const Access mine = {current->clock[me], me, at};
     for (uint32_t i = offset / 2; i < (offset + bytes + 1) / 2; i++) {
         Cell &c = b->shadow->cells[i];
-        if (!before(c.write)) race(c.write, true, writes, offset, at);
+        if (!before(c.write)) race(c.write, true, writes, offset);
         if (!writes) {
             Access &slot = c.reads[c.reads[0].thread != me && !before(c.reads[0])];
             slot = mine;
             continue;
         }
         for (Access &read : c.reads) {
-            if (!before(read)) race(read, false, writes, offset, at);
+            if (!before(read)) race(read, false, writes, offset);
             read.clock = 0;
         }
         c.write = mine;
     }
 }
 
-void touch(const void *p, size_t bytes, bool writes) {
-    if (checking_races && current) access(p, bytes, writes, __builtin_return_address(0));
+void touch(const void *p, size_t bytes, bool writes, const void *at) {
+    if (checking_races && current) access(p, bytes, writes, at);
 }
 
 } // namespace emulator

@@ -588,7 +588,8 @@ int launch(const Launch &l) {
     }
     catch_signals(false);
     if (error.empty()) return 0;
-    set_message(error + source_lines(found_at) + (other_at.empty() ? "" : ", the other" + source_lines(other_at)));
+    const std::string other = source_lines(other_at);
+    set_message(error + source_lines(found_at) + (other.empty() ? "" : ", the other" + other));
     return 719; /* cudaErrorLaunchFailure */
 }
 

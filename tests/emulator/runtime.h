@@ -159,7 +159,7 @@ void tick(Fibre *f);
 void release_to(Clock &clock);
 void acquire_from(Fibre *f, const Clock &clock);
 /* An access to shared memory that the compiler does not see. */
-void touch(const void *p, size_t bytes, bool writes);
+void touch(const void *p, size_t bytes, bool writes, const void *at = __builtin_return_address(0)); /* at: in the code */
 
 /* ---- for the program ---- */
 

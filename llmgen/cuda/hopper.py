@@ -1,0 +1,180 @@
+"""Matrix products on Hopper (templates/cuda/gemm_sm90.j2): which tile, order and parts of the sum each one gets.
+
+What was measured on an H100 (measured_h100.toml) comes first; for other shapes a model of cycles chooses.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+STEP = 64  # of k
+SHARED_LIMIT = 232448  # bytes of a block
+SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
+SUM_PARTS = 64  # of the rows, for the sums of columns: as column_sums in gemm.j2
+MULTIPROCESSORS = 132
+LEAST_STEPS = 16  # of a part of k
+WEIGHT_GRADIENT = "linear_backward_weight"
+PRODUCTS = {"linear_backward_input_gelu": "gelu_input_gradient_sm90", WEIGHT_GRADIENT: "weight_gradient_sm90"}
+BY_K = {  # function -> whether k is contiguous in memory in a, and in b
+    "linear_forward": (True, True),
+    "linear_gelu_forward": (True, True),
+    "linear_backward_input": (True, False),
+    "linear_backward_input_gelu": (True, False),
+    WEIGHT_GRADIENT: (False, False),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a block computes: see the head of the template."""
+
+    pingpong: bool
+    consumers: int  # warpgroups that multiply
+    rows: int  # of one consumer
+    columns: int
+    cluster_m: int
+    cluster_n: int
+    stages: int  # of the ring
+    buffers: int  # of each consumer, for 64 x 64 values of out
+
+    @property
+    def name(self) -> str:
+        kind = "Pingpong" if self.pingpong else "Joint"
+        return f"{kind}{self.tile_rows}x{self.columns}_{self.cluster_m}x{self.cluster_n}_{self.stages}_{self.buffers}"
+
+    @property
+    def tile_rows(self) -> int:
+        return self.rows if self.pingpong else self.rows * self.consumers
+
+    def product(self, function: str) -> str:
+        """The C++ function that does it, up to the first template argument that is left open."""
+        return f"{PRODUCTS.get(function, 'matmul_sm90')}<{self.name}, "
+
+    def shared_bytes(self, function: str) -> int:
+        """As SHARED of the template, where out is bf16 in lines of 128 bytes."""
+        blocks = self.columns if BY_K[function][1] else -(-self.columns // 64) * 64
+        out = 0 if function == WEIGHT_GRADIENT else self.consumers * self.buffers * 64 * 64 * 2
+        return 1024 + self.stages * (self.tile_rows + blocks) * 128 + out + 8 * self.consumers * self.buffers + 16 * self.stages
+
+
+@dataclass(frozen=True)
+class Choice:
+    tile: Tile
+    parts: int = 1  # of k
+    apart: bool = False  # the parts are stored by themselves and summed by another kernel, instead of added in turn
+
+
+def _pingpong(columns: int, stages: int, buffers: int, rows: int = 128) -> Tile:
+    return Tile(True, 2, rows, columns, 2, 1, stages, buffers)
+
+
+# For products whose result leaves through shared memory, and for weight gradients, which store from registers.
+TILES = (
+    _pingpong(192, 4, 3),
+    _pingpong(160, 4, 3),
+    Tile(False, 2, 128, 192, 1, 2, 3, 3),
+    Tile(False, 2, 64, 64, 1, 1, 8, 2),
+    Tile(False, 1, 64, 64, 1, 1, 8, 2),
+)
+WEIGHT_TILES = (
+    _pingpong(192, 5, 2),
+    _pingpong(160, 5, 2),
+    Tile(False, 3, 64, 192, 2, 1, 4, 2),
+    Tile(False, 3, 64, 160, 1, 2, 4, 2),
+    Tile(False, 2, 128, 192, 1, 2, 4, 2),
+    Tile(False, 1, 64, 64, 1, 1, 8, 2),
+)
+
+
+def takes(c: int, oc: int) -> bool:
+    """Whether TMA can see all the matrices: rows of a multiple of 16 bytes."""
+    return c % 8 == 0 and oc % 8 == 0
+
+
+def candidates(function: str, m: int, n: int, k: int) -> list[Choice]:
+    """What is worth trying for a product (m, n) of sums of k terms."""
+    if function != WEIGHT_GRADIENT:
+        return [Choice(tile) for tile in TILES]
+    found = []
+    for tile in WEIGHT_TILES:
+        for parts in range(1, max(1, min(32, -(-k // STEP) // LEAST_STEPS)) + 1):
+            found.append(Choice(tile, parts))
+            if parts > 2 and 4 * parts * m * n <= SCRATCH_LIMIT:
+                found.append(Choice(tile, parts, apart=True))
+    return found
+
+
+def cycles(function: str, m: int, n: int, k: int, choice: Choice) -> float:
+    """A block's cycles, roughly: what its units multiply, and of their stores what nothing hides."""
+    tile = choice.tile
+    cluster = tile.cluster_m * tile.cluster_n
+    wide, high = tile.columns * tile.cluster_n, tile.tile_rows * tile.cluster_m
+    units = -(-m // high) * -(-n // wide) * choice.parts
+    blocks = MULTIPROCESSORS // cluster
+    each = -(-units // blocks)  # units of one block, one behind the other
+    steps = -(-k // STEP) / choice.parts
+    multiply = steps * tile.tile_rows * tile.columns / 32  # 2048 multiplications a cycle
+    # The L2 gives a multiprocessor about 40 bytes a cycle.
+    bytes_each = steps * 128 * (tile.tile_rows / tile.cluster_n + tile.columns / tile.cluster_m)
+    main = max(1.05 * multiply, bytes_each / 40)
+    store = tile.tile_rows * tile.columns / 8 * (1 if function != WEIGHT_GRADIENT else 3 if choice.apart else 2 + 0.5 * choice.parts)
+    if tile.pingpong:
+        total = max(each * main + store, each / 2 * (main + store)) + 1500
+    else:
+        total = each * (main + 0.75 * store + 800)
+    if choice.apart:
+        total += 4000 + 4 * m * n * (choice.parts + 1) / 1500
+    return total + 2500  # the start of the pipeline
+
+
+def choose(function: str, n: int, c: int, oc: int) -> Choice:
+    """For a layer of n rows: as measured for the nearest number of rows, if that is near; else by the model."""
+    near = [(abs(math.log(n / rows)), choice) for rows, choice in measured().get((function, c, oc), ())]
+    if near and min(near, key=lambda x: x[0])[0] < math.log(2.5):
+        return min(near, key=lambda x: x[0])[1]
+    m, n, k = {WEIGHT_GRADIENT: (oc, c, n)}.get(function, (n, oc, c) if BY_K[function][1] else (n, c, oc))
+    return min(candidates(function, m, n, k), key=lambda choice: cycles(function, m, n, k, choice))
+
+
+@functools.cache
+def measured() -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
+    """(function, c, oc) -> choices by their number of rows, fastest of those tried."""
+    table = tomllib.loads(Path(__file__).with_name("measured_h100.toml").read_text())
+    tiles = {name: Tile(**tile) for name, tile in table["tiles"].items()}
+    found: dict = {}
+    for row in table["products"]:
+        choice = Choice(tiles[row["tile"]], row.get("parts", 1), row.get("apart", False))
+        found.setdefault((row["function"], row["c"], row["oc"]), []).append((row["n"], choice))
+    return found
+
+
+def scratch_bytes(function: str, n: int, c: int, oc: int) -> int:
+    """Parts of a weight gradient that are stored apart, and sums of columns."""
+    choice = choose(function, n, c, oc)
+    if function == "linear_backward_input_gelu":
+        return 4 * c * (SUM_PARTS + 4 * -(-n // choice.tile.rows))
+    if function != WEIGHT_GRADIENT:
+        return 0
+    weights = choice.parts * oc * c if choice.apart else 0
+    return 4 * (weights + choice.parts * -(-c // choice.tile.columns) * oc)
+
+
+def turns(function: str, n: int, c: int, oc: int) -> int:
+    """Counters: one for 16 rows of each tile of a weight gradient whose parts are added in turn."""
+    choice = choose(function, n, c, oc)
+    if function != WEIGHT_GRADIENT or choice.parts == 1 or choice.apart:
+        return 0
+    return -(-oc // 16) * -(-c // choice.tile.columns)
+
+
+def options(tiles: Iterable[Tile]) -> dict:
+    """What the template needs: the tiles in use, and their widths."""
+    ordered = sorted(set(tiles), key=lambda tile: (not tile.pingpong, -tile.tile_rows, -tile.columns, tile.name))
+    return {"tiles": ordered, "columns": sorted({tile.columns for tile in ordered})}
