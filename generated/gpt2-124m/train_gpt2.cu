@@ -788,10 +788,10 @@ __device__ __forceinline__ float gelu_slope(float x) {
  *
  *   FORWARD           out (n, oc)      = inp (n, c) . weight (oc, c)^T    both operands have k, the summation index,
  *                                                                         contiguous in memory
- *   INPUT_GRADIENT    dinp (n, c)      = dout (n, oc) . weight (oc, c)    the left one has k contiguous, the right one the
- *                                                                         columns of the result
+ *   INPUT_GRADIENT    dinp (n, c)      = dout (n, oc) . weight (oc, c)    the left one has k contiguous, the right one
+ *                                                                         the columns of the result
  *   WEIGHT_GRADIENT   dweight (oc, c)  = dout (n, oc)^T . inp (n, c)      left: rows of the result; right: its columns
- *  One kernel serves all three: out (m, n) = a . b with k terms in each sum. The lanes of an operand are the rows of
+ * One kernel serves all three: out (m, n) = a . b with k terms in each sum. The lanes of an operand are the rows of
  * out for a and its columns for b; memory holds either k behind k of one lane (BY_K) or lane behind lane of one k. No
  * matrix is ever transposed.
  *
@@ -912,7 +912,8 @@ __global__ void __launch_bounds__(256) column_sums_kernel(float *part, const Inp
     __shared__ __align__(16) float sums[8][128];
     const int warp = (int)threadIdx.x / 32, mine = (int)threadIdx.x % 32 * 4;
     const int column = (int)blockIdx.x * 128 + mine, count = columns - column;
-    const int first = (int)((long long)n * blockIdx.y / gridDim.y), last = (int)((long long)n * (blockIdx.y + 1) / gridDim.y);
+    const int first = (int)((long long)n * blockIdx.y / gridDim.y);
+    const int last = (int)((long long)n * (blockIdx.y + 1) / gridDim.y);
     float sum[4] = {};
     if (count > 0) {
 #pragma unroll 8
@@ -949,16 +950,18 @@ static void column_sums(float *out, const Inp *inp, int n, int columns, int accu
 }
 
 /* ---- products of bf16 on tensor cores -------------------------------------------------------------------------------
- *  A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1
+ * A block of THREADS makes a tile of out, ROWS x COLUMNS, in steps of DEPTH of k. The operands of the next STAGES - 1
  * steps are on their way into shared memory (cp.async) while one is multiplied. Each of the WARPS_M x WARPS_N warps
  * makes a rectangle of the tile by mma m16n8k16, with the fragments of the next 16 of k already on their way from
  * shared memory to registers. BLOCKS of them run on a multiprocessor: with two, the epilogue of one is hidden behind
  * the sums of the other. */
 struct Tile128x256 {
-    enum { ROWS = 128, COLUMNS = 256, DEPTH = 32, STAGES = 4, WARPS_M = 2, WARPS_N = 4, THREADS = 256, BLOCKS = 1 };
+    enum { ROWS = 128, COLUMNS = 256, DEPTH = 32, STAGES = 4 };
+    enum { WARPS_M = 2, WARPS_N = 4, THREADS = 256, BLOCKS = 1 };
 };
 struct Tile128x128 {
-    enum { ROWS = 128, COLUMNS = 128, DEPTH = 32, STAGES = 3, WARPS_M = 2, WARPS_N = 2, THREADS = 128, BLOCKS = 2 };
+    enum { ROWS = 128, COLUMNS = 128, DEPTH = 32, STAGES = 3 };
+    enum { WARPS_M = 2, WARPS_N = 2, THREADS = 128, BLOCKS = 2 };
 };
 
 /* A step of one operand in shared memory is rows of 16-byte chunks: BY_K a row is one lane, else it is one k. Where
@@ -974,7 +977,8 @@ __device__ __forceinline__ int place(int row, int chunk) {
  * where this thread's first chunk of it lies, on to the step after. What is no lane, or lies at `end` of k or beyond,
  * is 0. */
 template <bool BY_K, int LANES, int DEPTH, int THREADS, bool ALIGNED>
-__device__ __forceinline__ void fetch(unsigned char *to, const bf16 *&next, int lane0, int lanes, int k0, int end, int k) {
+__device__ __forceinline__ void fetch(unsigned char *to, const bf16 *&next, int lane0, int lanes, int k0, int end,
+                                      int k) {
     constexpr int CHUNKS = (BY_K ? DEPTH : LANES) / 8, ROWS = BY_K ? LANES : DEPTH, APART = THREADS / CHUNKS;
     static_assert(THREADS % CHUNKS == 0 && ROWS % APART == 0, "");
     const int row0 = (int)threadIdx.x / CHUNKS, chunk = (int)threadIdx.x % CHUNKS;
@@ -993,7 +997,8 @@ __device__ __forceinline__ void fetch(unsigned char *to, const bf16 *&next, int 
             __align__(16) bf16 value[8];
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const bool there = BY_K ? at + j < end && lane + i * APART < lanes : at + i * APART < end && lane + j < lanes;
+                const bool there = BY_K ? at + j < end && lane + i * APART < lanes
+                                        : at + i * APART < end && lane + j < lanes;
                 value[j] = there ? next[i * stride + j] : __float2bfloat16(0.0f);
             }
             *(uint4 *)(to + place<CHUNKS>(row0 + i * APART, chunk)) = *(const uint4 *)value;
@@ -1048,8 +1053,8 @@ __device__ __forceinline__ void prefetch_extra(const Extra *extra, int row0, int
 }
 
 /* out (m, n) = a . b, then the epilogue. Grid: (tiles, parts); a part sums its share of k into its own out, m * n
- * further on. sums, with TIMES_GELU_GRADIENT, (WARPS_M * rows of tiles, n) or NULL: partial sums of the columns of out.
- * */
+ * further on. sums, with TIMES_GELU_GRADIENT, (WARPS_M * rows of tiles, n) or NULL: partial sums of the
+ * columns of out. */
 template <class Tile, int LAYOUT, int THEN, bool ALIGNED, class Out, class Extra>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     matmul_kernel(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int m, int n, int k,
@@ -1064,7 +1069,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
 
     const int tile_rows = (m + ROWS - 1) / ROWS, tile_columns = (n + COLUMNS - 1) / COLUMNS;
     const int steps = (k + DEPTH - 1) / DEPTH;
-    const int first = (int)((long long)steps * blockIdx.y / gridDim.y), last = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
+    const int first = (int)((long long)steps * blockIdx.y / gridDim.y);
+    const int last = (int)((long long)steps * (blockIdx.y + 1) / gridDim.y);
     int tile_row, tile_column;
     tile_at(&tile_row, &tile_column, (int)blockIdx.x, tile_rows, tile_columns);
     const int row0 = tile_row * ROWS, column0 = tile_column * COLUMNS;
@@ -1088,7 +1094,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     };
 
     for (int i = 0; i < STAGES - 1; i++) fetch_step(first + i, i);
-    if (sizeof(Extra) == 2 && then.extra) prefetch_extra<Tile>(then.extra, row0, column0, m, n); /* floats are too many for the L2 */
+    if (sizeof(Extra) == 2 && then.extra) /* floats are too many for the L2 */
+        prefetch_extra<Tile>(then.extra, row0, column0, m, n);
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     load_fragments<A_BY_K, ROWS, DEPTH>(a_fragment[0], stages, a_at, 0);
@@ -1180,15 +1187,16 @@ static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int 
     const int tiles = ((m + Tile::ROWS - 1) / Tile::ROWS) * ((n + Tile::COLUMNS - 1) / Tile::COLUMNS);
     cudaCheck(cudaFuncSetAttribute(matmul_kernel<Tile, LAYOUT, THEN, ALIGNED, Out, Extra>,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<dim3(tiles, parts), Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, sums);
+    const dim3 grid(tiles, parts);
+    matmul_kernel<Tile, LAYOUT, THEN, ALIGNED><<<grid, Tile::THREADS, SHARED, stream>>>(then, a, b, m, n, k, sums);
     cudaCheck(cudaGetLastError());
 }
 
-/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows, if not NULL.
- * */
+/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows,
+ * if not NULL. */
 template <class Tile, bool ALIGNED>
-static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *pre, int n, int c,
-                                int oc, int accumulate) {
+static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *pre, int n,
+                                int c, int oc, int accumulate) {
     const Epilogue<bf16, bf16> then = {dinp, NULL, NULL, pre};
     float *sums = dsum ? scratch + SUM_PARTS * (size_t)c : NULL;
     matmul<Tile, INPUT_GRADIENT, TIMES_GELU_GRADIENT, ALIGNED>(then, dout, weight, n, c, oc, 1, sums);
@@ -1201,7 +1209,8 @@ static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const
 template <class Tile, bool ALIGNED>
 static void weight_gradient(float *dweight, float *dbias, const bf16 *dout, const bf16 *inp, int n, int c, int oc,
                             int accumulate, int parts) {
-    const Epilogue<float, float> then = {parts > 1 ? scratch : dweight, NULL, NULL, parts == 1 && accumulate ? dweight : NULL};
+    const Epilogue<float, float> then = {parts > 1 ? scratch : dweight, NULL, NULL,
+                                         parts == 1 && accumulate ? dweight : NULL};
     matmul<Tile, WEIGHT_GRADIENT, ADD, ALIGNED>(then, dout, inp, oc, c, n, parts);
     if (parts > 1) sum_parts(dweight, parts, (size_t)oc * (size_t)c, accumulate);
     if (dbias) column_sums(dbias, dout, n, oc, accumulate);
@@ -1608,8 +1617,8 @@ static void linear_backward_input_gelu(floatX *dinp,                            
     gelu_input_gradient<Tile128x128, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
 }
 
-/* dweight += dout^T . inp; dbias += the sum of dout over the rows. The last argument: in how many parts the rows are summed, where
- * the tiles of dweight alone would leave multiprocessors idle. */
+/* dweight += dout^T . inp; dbias += the sum of dout over the rows. The last argument: in how many parts the rows are
+ * summed, where the tiles of dweight alone would leave multiprocessors idle. */
 static void linear_backward_weight(float *dweight, float *dbias,         /* (oc, c), (oc) or NULL */
                                    const floatX *dout, const floatX *inp, /* (n, oc), (n, c) */
                                    int n, int c, int oc, int accumulate) {
