@@ -112,7 +112,7 @@ static struct {
     float *lnfb;      /* (C) */
 } params;
 
-/* Keys and values of the tokens that were decoded. A sequence has all of this; the next one follows CACHED_VALUES further on. */
+/* Keys and values of the tokens that were decoded. A sequence has all of this; the next follows CACHED_VALUES further on. */
 static struct {
     float *keys;    /* (L, NH, CACHE, HS) */
     float *values;  /* (L, NH, CACHE, HS) */

@@ -1502,7 +1502,8 @@ static void layernorm_forward(floatX *out, float *mean, float *rstd, /* (n, c), 
 /* With g = dout * weight:  dinp = addend + rstd * (g - mean(g) - xhat * mean(g * xhat));
  * dweight += dout * xhat and dbias += dout, summed over the rows.
  * On request also dsum += dinp, summed over the rows (what lies below reads dinp as its dout: this is the gradient of its
- * bias), and dinp rounded to floatX. A block has every gridDim.x-th of the groups of BLOCK_ROWS rows, and reads each row once. */
+ * bias), and dinp rounded to floatX. A block has every gridDim.x-th of the groups of BLOCK_ROWS rows, and reads each row
+ * once. */
 template <bool ADDEND>
 __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_kernel(
     floatR *dinp, floatX *dinp_copy, float *partial, const floatX *dout, const floatR *inp, const float *mean,
@@ -1550,7 +1551,8 @@ __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_ke
             Pack<floatX, ROW_WIDTH> copy;
             for (int j = 0; j < ROW_WIDTH; j++) {
                 const float xhat = ((float)x[k].at[j] - m) * s;
-                const float change = s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot), d = (float)before[k].at[j] + change;
+                const float change = s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot);
+                const float d = (float)before[k].at[j] + change;
                 out.at[j] = (floatR)d;
                 copy.at[j] = (floatX)d;
                 dsum[k][j] += d;
@@ -2554,8 +2556,8 @@ static void update(const Settings *s, double norm, float learning_rate, int step
         tensors.end[i] = row->offset + row->stride * (size_t)row->layers;
         tensors.weight_decay[i] = row->decays ? (float)s->weight_decay : 0.0f;
     }
-    adamw_update(master_memory, params_memory, moment1_memory, moment2_memory, grads_memory, &tensors, grad_scale, learning_rate,
-                 (float)s->beta1, (float)s->beta2, (float)s->epsilon, step);
+    adamw_update(master_memory, params_memory, moment1_memory, moment2_memory, grads_memory, &tensors, grad_scale,
+                 learning_rate, (float)s->beta1, (float)s->beta2, (float)s->epsilon, step);
 }
 
 /* Makes the weights that the model works with from the master weights. */
