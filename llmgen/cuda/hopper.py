@@ -20,6 +20,10 @@ SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
 SUM_PARTS = 64  # of the rows, for the sums of columns: as column_sums in gemm.j2
 MULTIPROCESSORS = 132
 LEAST_STEPS = 16  # of a part of k
+MULTIPLICATIONS = 2048  # of one multiprocessor in a cycle
+L2_BYTES = 35.5  # that the L2 cache gives each multiprocessor in a cycle, when all ask
+# What it costs to store a tile, compared with plain bf16.
+STORES = {"linear_forward": 1, "linear_gelu_forward": 3, "linear_backward_input": 1, "linear_backward_input_gelu": 4.5}
 WEIGHT_GRADIENT = "linear_backward_weight"
 PRODUCTS = {"linear_backward_input_gelu": "gelu_input_gradient_sm90", WEIGHT_GRADIENT: "weight_gradient_sm90"}
 BY_K = {  # function -> whether k is contiguous in memory in a, and in b
@@ -57,9 +61,13 @@ class Tile:
         """The C++ function that does it, up to the first template argument that is left open."""
         return f"{PRODUCTS.get(function, 'matmul_sm90')}<{self.name}, "
 
+    def loaded_columns(self, function: str) -> int:
+        """Of b: where its columns are contiguous in memory, they come in blocks of 64."""
+        return self.columns if BY_K[function][1] else -(-self.columns // 64) * 64
+
     def shared_bytes(self, function: str) -> int:
         """As SHARED of the template, where out is bf16 in lines of 128 bytes."""
-        blocks = self.columns if BY_K[function][1] else -(-self.columns // 64) * 64
+        blocks = self.loaded_columns(function)
         out = 0 if function == WEIGHT_GRADIENT else self.consumers * self.buffers * 64 * 64 * 2
         return 1024 + self.stages * (self.tile_rows + blocks) * 128 + out + 8 * self.consumers * self.buffers + 16 * self.stages
 
@@ -80,6 +88,8 @@ TILES = (
     _pingpong(192, 4, 3),
     _pingpong(160, 4, 3),
     Tile(False, 2, 128, 192, 1, 2, 3, 3),
+    Tile(False, 2, 128, 160, 1, 2, 3, 3),
+    Tile(False, 2, 128, 128, 1, 2, 4, 2),
     Tile(False, 2, 64, 64, 1, 1, 8, 2),
     Tile(False, 1, 64, 64, 1, 1, 8, 2),
 )
@@ -89,6 +99,8 @@ WEIGHT_TILES = (
     Tile(False, 3, 64, 192, 2, 1, 4, 2),
     Tile(False, 3, 64, 160, 1, 2, 4, 2),
     Tile(False, 2, 128, 192, 1, 2, 4, 2),
+    Tile(False, 2, 128, 160, 1, 2, 4, 2),
+    Tile(False, 2, 128, 128, 1, 2, 4, 2),
     Tile(False, 1, 64, 64, 1, 1, 8, 2),
 )
 
@@ -112,26 +124,23 @@ def candidates(function: str, m: int, n: int, k: int) -> list[Choice]:
 
 
 def cycles(function: str, m: int, n: int, k: int, choice: Choice) -> float:
-    """A block's cycles, roughly: what its units multiply, and of their stores what nothing hides."""
-    tile = choice.tile
-    cluster = tile.cluster_m * tile.cluster_n
+    """A block's cycles, to about a tenth: what its units multiply or load, and of their stores what nothing hides."""
+    tile, parts = choice.tile, choice.parts
     wide, high = tile.columns * tile.cluster_n, tile.tile_rows * tile.cluster_m
-    units = -(-m // high) * -(-n // wide) * choice.parts
-    blocks = MULTIPROCESSORS // cluster
-    each = -(-units // blocks)  # units of one block, one behind the other
-    steps = -(-k // STEP) / choice.parts
-    multiply = steps * tile.tile_rows * tile.columns / 32  # 2048 multiplications a cycle
-    # The L2 gives a multiprocessor about 40 bytes a cycle.
-    bytes_each = steps * 128 * (tile.tile_rows / tile.cluster_n + tile.columns / tile.cluster_m)
-    main = max(1.05 * multiply, bytes_each / 40)
-    store = tile.tile_rows * tile.columns / 8 * (1 if function != WEIGHT_GRADIENT else 3 if choice.apart else 2 + 0.5 * choice.parts)
+    units = -(-m // high) * -(-n // wide) * parts
+    each = -(-units // (MULTIPROCESSORS // (tile.cluster_m * tile.cluster_n)))  # units of one block, one behind the other
+    steps = -(-k // STEP) / parts
+    multiplied = tile.tile_rows * tile.columns * STEP / MULTIPLICATIONS
+    loaded = tile.loaded_columns(function) / tile.cluster_m + tile.tile_rows / tile.cluster_n
+    main = steps * max((1.07 if tile.pingpong else 1.05) * multiplied, loaded * STEP * 2 / L2_BYTES)
+    of_weights = 3.0 if choice.apart else 2.0 + 0.5 * parts
+    store = tile.tile_rows * tile.columns / 8 * STORES.get(function, of_weights)
+    total = 2500.0  # the start of the pipeline
     if tile.pingpong:
-        total = max(each * main + store, each / 2 * (main + store)) + 1500
+        total += max(each * main + store, each / 2 * (main + store)) + 1500
     else:
-        total = each * (main + 0.75 * store + 800)
-    if choice.apart:
-        total += 4000 + 4 * m * n * (choice.parts + 1) / 1500
-    return total + 2500  # the start of the pipeline
+        total += each * (main + 0.75 * store + 800)
+    return total + (4000 + 4 * m * n * (parts + 1) / 1500 if choice.apart else 0)
 
 
 def choose(function: str, n: int, c: int, oc: int) -> Choice:

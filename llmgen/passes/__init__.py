@@ -5,8 +5,12 @@ from llmgen.graph import Graph
 from llmgen.passes import fusion, precision, recompute
 
 
-def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) -> Graph:
-    """The graph as a target computes it. chunk: rows of logits the classifier holds at a time."""
+def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig, wgmma: bool = False) -> Graph:
+    """The graph as a target computes it.
+
+    chunk: rows of logits the classifier holds at a time.
+    wgmma: the products are Hopper's, where the gradient of the bias before a GELU is cheaper in the weight gradient.
+    """
     functions = []
     for function in graph.functions:
         if program.recompute != "none":
@@ -17,7 +21,7 @@ def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig) ->
         function = fusion.linear_backward_gelu(function)
         function = fusion.classifier(function, chunk)
         if target == "cuda":
-            function = fusion.bias_sums(function)
+            function = fusion.bias_sums(function, fusion.SUMMING[:1] if wgmma else fusion.SUMMING)
         functions.append(function)
     graph = Graph(graph.parameters, tuple(functions))
     return precision.bf16(graph, program.residual_precision) if program.precision == "bf16" else graph

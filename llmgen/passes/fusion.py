@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from llmgen import ops
-from llmgen.graph import Dim, Function, Op, Segment, Tensor
+from llmgen.graph import Dim, Function, Kind, Op, Segment, Tensor
 
 
 def join_segments(function: Function) -> Function:
@@ -83,15 +83,18 @@ def linear_backward_gelu(function: Function) -> Function:
 SUMMING = (ops.LAYERNORM_BACKWARD, ops.LINEAR_BACKWARD_INPUT_GELU)  # can sum what they write over the rows, as "dsum"
 
 
-def bias_sums(function: Function) -> Function:
-    """The gradient of a bias is the sum of dout over the rows: it is taken where dout is made, not by another pass over it."""
+def bias_sums(function: Function, summing: tuple[Kind, ...] = SUMMING) -> Function:
+    """The gradient of a bias is the sum of dout over the rows: it is taken where dout is made, not by another pass over it.
+
+    summing: the kinds that do so at little cost.
+    """
 
     def rewrite(view: _View) -> list[Op] | None:
         for linear in view.ops:
             if linear.kind is not ops.LINEAR_BACKWARD_WEIGHT or "dbias" not in linear.outputs:
                 continue
             maker = view.producer(linear.inputs["dout"])
-            if maker is None or maker.kind not in SUMMING or "dsum" in maker.outputs:
+            if maker is None or maker.kind not in summing or "dsum" in maker.outputs:
                 continue
             weightless = maker.kind is ops.LAYERNORM_BACKWARD and "dweight" not in maker.outputs
             sums = any(t.role == "gradient" for t in maker.outputs.values())
@@ -99,9 +102,9 @@ def bias_sums(function: Function) -> Function:
                 continue
             outputs = dict(linear.outputs)
             outputs_of_maker = {**maker.outputs, "dsum": outputs.pop("dbias")}
-            summing = maker.replace(outputs=outputs_of_maker, accumulate=linear.accumulate)
+            with_sum = maker.replace(outputs=outputs_of_maker, accumulate=linear.accumulate)
             plain = linear.replace(outputs=outputs)
-            return [summing if op is maker else plain if op is linear else op for op in view.ops]
+            return [with_sum if op is maker else plain if op is linear else op for op in view.ops]
         return None
 
     return _rewrite(function, rewrite)
