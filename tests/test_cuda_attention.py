@@ -54,7 +54,9 @@ def build(folder, device, head_size, heads, kv_heads, precision, window=False, s
     }
     if hopper:
         options = {"arch": "sm_90a", "architecture": "sm_90a", "options": {"head_size": head_size}}
-        return cuda_kernels.build(folder, device, sizes, model, ["attention_sm90"], functions, races=device == "emulator", **options)
+        return cuda_kernels.build(
+            folder, device, sizes, model, ["attention_sm90"], functions, races=device == "emulator", **options
+        )
     return cuda_kernels.build(folder, device, sizes, model, ["attention"], functions, precision=precision)
 
 
