@@ -34,9 +34,13 @@ build_options = options(
     click.option("--arch", metavar="A", help="GPU architecture of the .cu."),
 )
 
+config_option = click.option(
+    "--config", "source", metavar="C", help="A preset, a TOML file, a HuggingFace folder or a weights file."
+)
 config_options = options(
-    click.option("--config", "source", metavar="C", help="A preset, a TOML file, a HuggingFace folder or a weights file."),
+    config_option,
     build_options,
+    click.option("--tuned", is_flag=True, help="With target cuda: the kernels that llmgen tune found fastest here."),
 )
 
 
@@ -72,15 +76,16 @@ def plan(as_json, memory, **choices):
     from llmgen import program, report
 
     config = program.config(**choices)
+    arch = program.machine(config, choices["arch"], choices["tuned"])
     if memory:
-        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], choices["arch"], memory))
+        click.echo(program.largest_batch(config, choices["target"], choices["cpu"], arch, memory))
         return
-    made = program.plan(config, choices["target"], choices["cpu"], choices["arch"])
+    made = program.plan(config, choices["target"], choices["cpu"], arch)
     threads = program.threads(choices["target"])
     if as_json:
         click.echo(json.dumps(made.to_json(threads), indent=1))
     else:
-        click.echo(report.plan(made, threads, program.keeping(made, choices["cpu"], choices["arch"])))
+        click.echo(report.plan(made, threads, program.keeping(made, choices["cpu"], arch)))
 
 
 @cli.command()
@@ -114,7 +119,8 @@ def build(out, no_compile, generate, **choices):
     if generate:
         built = program.build_generation(config, target, cpu, out, compile=not no_compile)
     else:
-        built = program.build(config, target, cpu, choices["arch"], out, compile=not no_compile)
+        arch = program.machine(config, choices["arch"], choices["tuned"])
+        built = program.build(config, target, cpu, arch, out, compile=not no_compile)
     click.echo(built.source)
     click.echo(built.compile_line)
     if not no_compile:
@@ -132,7 +138,8 @@ def run(out, flags, **choices):
     from llmgen import program
 
     config = program.config(**choices)
-    sys.exit(program.run(config, choices["target"], choices["cpu"], choices["arch"], out, list(flags)))
+    arch = program.machine(config, choices["arch"], choices["tuned"])
+    sys.exit(program.run(config, choices["target"], choices["cpu"], arch, out, list(flags)))
 
 
 @cli.command()
@@ -244,9 +251,10 @@ def verify(**choices):
     from llmgen.verify import verify
 
     config = program.config(**choices)
+    arch = program.machine(config, choices["arch"], choices["tuned"])
 
     def build(config, folder):
-        return program.build(config, choices["target"], choices["cpu"], choices["arch"], folder).program
+        return program.build(config, choices["target"], choices["cpu"], arch, folder).program
 
     sys.exit(0 if verify(config, build, click.echo) else 1)
 
@@ -262,9 +270,33 @@ def bench(against, steps, rounds, **choices):
 
     config = program.config(**choices)
     if choices["target"] == "cuda":
-        bench_gpu.bench(config, choices["arch"], against, steps, rounds, click.echo)
+        arch = program.machine(config, choices["arch"], choices["tuned"])
+        bench_gpu.bench(config, arch, against, steps, rounds, click.echo)
     else:
         bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
+
+
+@cli.command()
+@config_option
+@click.option("--arch", metavar="A", help="GPU architecture of the .cu. [default: that of the GPU that is present]")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Overrides a field of the config.")
+@click.option("--batch-size", type=int, metavar="N", help="Sequences in a training micro-batch.")
+@click.option("--seq-len", type=int, metavar="N", help="Tokens in each of them.")
+@click.option("--precision", metavar="P", help="bf16 or fp32.")
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, metavar="N", help="Measurements of the best.")
+@click.option("--export", metavar="FILE", help="Writes all that is kept for this GPU as a table like measured_h100.toml.")
+@click.option("--out", metavar="DIR", help="The folder for the programs that try the kernels, instead of the cache.")
+@click.option("--compile-only", is_flag=True, help="Only writes and compiles them; this needs no GPU.")
+def tune(rounds, export, out, compile_only, arch, **choices):
+    """Finds the fastest kernel of each matrix product of a config on the GPU that is present, for --tuned.
+
+    Every candidate's results are verified before it is timed.
+    """
+    from llmgen import program
+    from llmgen.tune import tune
+
+    config = program.config(target="cuda", arch=arch, **choices)
+    tune(config, arch, rounds, out, export, compile_only, click.echo)
 
 
 @cli.command()

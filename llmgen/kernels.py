@@ -49,7 +49,7 @@ def gpu_options(plan: Plan) -> dict:
         "hopper": wgmma,
         "head_size": plan.config.model.head_size,
         "least_arch": machine.least,
-        "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma),
+        "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma, machine.tuned),
     }
 
 

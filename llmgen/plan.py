@@ -259,7 +259,7 @@ class Plan:
         }
 
 
-def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: str | None = None) -> Plan:
+def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: str | Architecture | None = None) -> Plan:
     """Plan a config for a target. profile: a name of `llmgen.cpu`, for target c; arch: as --arch says, for target cuda.
 
     Raises UserError if the plan cannot be run.

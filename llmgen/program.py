@@ -9,6 +9,7 @@ from pathlib import Path
 from llmgen import config as configs
 from llmgen import plan as plans
 from llmgen.config import BYTE_VOCABULARY, GPT2_VOCABULARY, Config
+from llmgen.cuda.architecture import Architecture
 from llmgen.errors import UserError
 from llmgen.flags import program_flags
 from llmgen.generation import GenerationPlan
@@ -34,8 +35,10 @@ class Built:
     notice: str = ""  # what the user should know about it, one line
 
 
-def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None) -> Config:
+def config(source, target, settings, batch_size, seq_len, precision, cpu=None, arch=None, tuned=False) -> Config:
     """The config that the command line names."""
+    if tuned and target == "c":
+        raise UserError("--tuned is for target cuda; the C has nothing to tune")
     if arch and target == "c":
         raise UserError(f"--arch {arch} is for target cuda; --cpu chooses the processor of target c")
     overrides = configs.parse_overrides(settings)
@@ -44,7 +47,24 @@ def config(source, target, settings, batch_size, seq_len, precision, cpu=None, a
     return configs.load(source, target=target, overrides=overrides)
 
 
-def plan(config: Config, target: str, cpu: str, arch: str | None) -> Plan:
+def machine(config: Config, arch: str | None, tuned: bool) -> str | Architecture | None:
+    """What --arch names; with --tuned, and the kernels that `llmgen tune` found fastest. Raises UserError if it found none."""
+    if not tuned:
+        return arch
+    from llmgen.cuda import hopper, products
+    from llmgen.cuda import tuned as results
+
+    found = results.machine(arch, config.program.precision)
+    shapes = products.shapes(plans.make(config, "cuda", arch=found).graph)
+    if not any(hopper.nearest(found.tuned, shape.function, shape.n, shape.c, shape.oc) for shape in shapes):
+        raise UserError(
+            f"--tuned: no product of {config.name} is tuned for {found.name} in {config.program.precision} with this GPU and "
+            "toolkit; run llmgen tune with the same config first"
+        )
+    return found
+
+
+def plan(config: Config, target: str, cpu: str, arch: str | Architecture | None) -> Plan:
     return plans.make(config, target, cpu, arch)
 
 

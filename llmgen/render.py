@@ -9,6 +9,8 @@ import jinja2
 
 from llmgen import characters, families, host, kernels, toolchain
 from llmgen import generation as generations
+from llmgen.config import Config
+from llmgen.cuda.architecture import Architecture
 from llmgen.generation import GenerationPlan
 from llmgen.plan import C_TYPES, Call, FunctionPlan, Parameter, Plan, c_float
 
@@ -106,6 +108,32 @@ def generation(plan: GenerationPlan) -> str:
         "spaces": numbers(characters.SPACES),
     }
     return _rendered("generate.c.j2", plan, context)
+
+
+def tuner(function: str, machine: Architecture, config: Config, products: dict) -> str:
+    """The program of `llmgen tune` for a function of products. products: what kernels.options calls so."""
+    precision = config.program.precision
+    wgmma = kernels.uses_wgmma(machine, precision)
+    context = {
+        "function": function,
+        "options": kernels.options(config.model)
+        | {
+            "precision": precision,
+            "residual": config.program.residual_precision if precision == "bf16" else "fp32",
+            "arch": machine.name,
+            "hopper": wgmma,
+            "products": products,
+        },
+        "limits": {"entry": 0.05, "relative": 0.01, "rms": 0.005},
+        "kernel_templates": kernels.templates(["linear"], "cuda", machine, precision),
+    }
+    env = environment()
+
+    def section(functions: frozenset) -> str:
+        return "".join(env.get_template(name).render(context, functions=functions) for name in context["kernel_templates"])
+
+    functions = kernels.with_helpers({function}, context["kernel_templates"], templates_folder(), section)
+    return tidy(env.get_template("tune.cu.j2").render(context, functions=functions))
 
 
 def _rendered(template: str, plan: Plan | GenerationPlan, context: dict, statement: Callable[..., str] | None = None) -> str:

@@ -80,10 +80,10 @@ def test_small_products_get_small_tiles_and_long_sums_are_cut():
 
 
 def test_counters_and_scratch_follow_the_choice():
-    assert hopper.turns("linear_forward", 65536, 768, 768) == 0
+    assert hopper.turns("linear_forward", 768, 768, hopper.choose("linear_forward", 65536, 768, 768)) == 0
     in_turn = hopper.choose(hopper.WEIGHT_GRADIENT, 65536, 768, 3072)
     assert in_turn.parts > 1 and not in_turn.apart
-    assert hopper.turns(hopper.WEIGHT_GRADIENT, 65536, 768, 3072) == 3072 // 16 * 4
+    assert hopper.turns(hopper.WEIGHT_GRADIENT, 768, 3072, in_turn) == 3072 // 16 * 4
     apart = hopper.choose(hopper.WEIGHT_GRADIENT, 65536, 768, 768)
     assert apart.apart
-    assert hopper.scratch_bytes(hopper.WEIGHT_GRADIENT, 65536, 768, 768) >= 4 * apart.parts * 768 * 768
+    assert hopper.scratch_bytes(hopper.WEIGHT_GRADIENT, 65536, 768, 768, apart) >= 4 * apart.parts * 768 * 768

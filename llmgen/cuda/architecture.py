@@ -3,7 +3,8 @@
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llmgen.errors import UserError
 
@@ -29,9 +30,13 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The architectures that one source is written for; `names[0]` is what it is tuned for."""
+    """The architectures that one source is written for; `names[0]` is what it is tuned for.
+
+    tuned: with --tuned, the kernels that were fastest here: (function, c, oc) -> [(n, choice)], see tuned.py.
+    """
 
     names: tuple[str, ...]
+    tuned: Mapping = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -65,8 +70,13 @@ def capability(name: str) -> int:
     return int(re.sub(r"\D", "", name))
 
 
-def resolve(arch: str | None, precision: str) -> Architecture:
-    """The architecture that --arch names; without it that of the GPU that is present, else sm_80. Raises UserError."""
+def resolve(arch: str | Architecture | None, precision: str) -> Architecture:
+    """The architecture that --arch names; without it that of the GPU that is present, else sm_80. Raises UserError.
+
+    What is resolved already stays as it is.
+    """
+    if isinstance(arch, Architecture):
+        return arch
     names = tuple(dict.fromkeys(part.strip() for part in arch.split(","))) if arch else (present() or DEFAULT,)
     for name in names:
         if name not in MULTIPROCESSORS:
@@ -80,14 +90,23 @@ def resolve(arch: str | None, precision: str) -> Architecture:
 
 def present() -> str | None:
     """The architecture of the first GPU here, or None."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    found = re.match(r"(\d+)\.(\d+)", result.stdout.strip())
-    if result.returncode != 0 or not found:
+    found = re.match(r"(\d+)\.(\d+)", _asked("compute_cap"))
+    if not found:
         return None
     name = f"sm_{found[1]}{found[2]}"
     if name == "sm_90":
         return "sm_90a"
     return name if name in MULTIPROCESSORS else None
+
+
+def gpu_name() -> str | None:
+    """The name of the first GPU here, as in NVIDIA H100 80GB HBM3, or None."""
+    return _asked("name") or None
+
+
+def _asked(field: str) -> str:
+    """What nvidia-smi says of the first GPU; empty if there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    result = subprocess.run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True)
+    return result.stdout.strip().split("\n")[0].strip() if result.returncode == 0 else ""

@@ -1,12 +1,13 @@
 """Matrix products on Hopper (templates/cuda/gemm_sm90.j2): which tile, order and parts of the sum each one gets.
 
-What was measured on an H100 (measured_h100.toml) comes first; for other shapes a model of cycles chooses.
+What was measured on an H100 (measured_h100.toml) comes first; for other shapes a model of cycles chooses. Before both, where a
+`tuned` table is given (--tuned), what `llmgen tune` found.
 """
 
 import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 try:
@@ -143,11 +144,20 @@ def cycles(function: str, m: int, n: int, k: int, choice: Choice) -> float:
     return total + (4000 + 4 * m * n * (parts + 1) / 1500 if choice.apart else 0)
 
 
-def choose(function: str, n: int, c: int, oc: int) -> Choice:
-    """For a layer of n rows: as measured for the nearest number of rows, if that is near; else by the model."""
-    near = [(abs(math.log(n / rows)), choice) for rows, choice in measured().get((function, c, oc), ())]
-    if near and min(near, key=lambda x: x[0])[0] < math.log(2.5):
-        return min(near, key=lambda x: x[0])[1]
+def nearest(table: Mapping, function: str, n: int, c: int, oc: int):
+    """The choice for the nearest number of rows, if that is near; else None. table: (function, c, oc) -> [(n, choice)]."""
+    near = [(abs(math.log(n / rows)), choice) for rows, choice in table.get((function, c, oc), ())]
+    distance, choice = min(near, key=lambda x: x[0], default=(math.inf, None))
+    return choice if distance < math.log(2.5) else None
+
+
+def choose(function: str, n: int, c: int, oc: int, tuned: Mapping | None = None) -> Choice:
+    """For a layer of n rows: as tuned or measured for about so many rows; else by the model."""
+    found = nearest(tuned or {}, function, n, c, oc) or nearest(measured(), function, n, c, oc)
+    return found or by_model(function, n, c, oc)
+
+
+def by_model(function: str, n: int, c: int, oc: int) -> Choice:
     m, n, k = {WEIGHT_GRADIENT: (oc, c, n)}.get(function, (n, oc, c) if BY_K[function][1] else (n, c, oc))
     return min(candidates(function, m, n, k), key=lambda choice: cycles(function, m, n, k, choice))
 
@@ -155,7 +165,16 @@ def choose(function: str, n: int, c: int, oc: int) -> Choice:
 @functools.cache
 def measured() -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
     """(function, c, oc) -> choices by their number of rows, fastest of those tried."""
-    table = tomllib.loads(Path(__file__).with_name("measured_h100.toml").read_text())
+    return read_table(_shipped())
+
+
+def _shipped() -> str:
+    return Path(__file__).with_name("measured_h100.toml").read_text()
+
+
+def read_table(text: str) -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
+    """What measured_h100.toml, or another table in its form, says."""
+    table = tomllib.loads(text)
     tiles = {name: Tile(**tile) for name, tile in table["tiles"].items()}
     found: dict = {}
     for row in table["products"]:
@@ -164,9 +183,23 @@ def measured() -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
     return found
 
 
-def scratch_bytes(function: str, n: int, c: int, oc: int) -> int:
+def write_table(comment: str, rows: Sequence[tuple[str, int, int, int, Choice]]) -> str:
+    """The same table as text. rows: function, n, c, oc, choice."""
+    names = {Tile(**tile): name for name, tile in tomllib.loads(_shipped())["tiles"].items()}
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()] + ["", "products = ["]
+    for function, n, c, oc, choice in rows:
+        name = names.setdefault(choice.tile, choice.tile.name)
+        parts = f", parts = {choice.parts}" if function == WEIGHT_GRADIENT else ""
+        apart = ", apart = true" if choice.apart else ""
+        lines.append(f'    {{ function = "{function}", n = {n}, c = {c}, oc = {oc}, tile = "{name}"{parts}{apart} }},')
+    lines.append("]")
+    for tile in dict.fromkeys(choice.tile for *_, choice in rows):
+        lines += ["", f"[tiles.{names[tile]}]", *(f"{key} = {str(value).lower()}" for key, value in asdict(tile).items())]
+    return "\n".join(lines) + "\n"
+
+
+def scratch_bytes(function: str, n: int, c: int, oc: int, choice: Choice) -> int:
     """Parts of a weight gradient that are stored apart, and sums of columns."""
-    choice = choose(function, n, c, oc)
     if function == "linear_backward_input_gelu":
         return 4 * c * (SUM_PARTS + 4 * -(-n // choice.tile.rows))
     if function != WEIGHT_GRADIENT:
@@ -175,9 +208,8 @@ def scratch_bytes(function: str, n: int, c: int, oc: int) -> int:
     return 4 * (weights + choice.parts * -(-c // choice.tile.columns) * oc)
 
 
-def turns(function: str, n: int, c: int, oc: int) -> int:
+def turns(function: str, c: int, oc: int, choice: Choice) -> int:
     """Counters: one for 16 rows of each tile of a weight gradient whose parts are added in turn."""
-    choice = choose(function, n, c, oc)
     if function != WEIGHT_GRADIENT or choice.parts == 1 or choice.apart:
         return 0
     return -(-oc // 16) * -(-c // choice.tile.columns)

@@ -4,11 +4,11 @@ that TMA can take go to templates/cuda/gemm_sm90.j2, see hopper.py).
 Plain functions of integers. What comes out is `options["products"]` for the templates, and bytes of scratch for the plan.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmgen.cuda import hopper
-from llmgen.graph import Graph
+from llmgen.graph import Graph, Op
 
 KiB = 1 << 10
 LAYOUTS = {  # function -> the product's layout, and its rows, columns and terms of n, c, oc
@@ -116,7 +116,12 @@ class Shape:
 
 def shapes(graph: Graph) -> list[Shape]:
     """The products of a program, those inside the classifier included."""
-    found = {}
+    return list(uses(graph))
+
+
+def uses(graph: Graph) -> dict[Shape, Op]:
+    """The same, each with the first op that does it."""
+    found: dict = {}
     for op in (op for function in graph.functions for op in function.ops()):
         name = op.kind.function
         if name in LAYOUTS:
@@ -125,8 +130,8 @@ def shapes(graph: Graph) -> list[Shape]:
         elif name in CLASSIFIERS:
             n, (oc, c) = op.outputs["logits"].shape[0].size, (d.size for d in op.inputs["weight"].shape)
         for function in CLASSIFIERS.get(name, (name,) if name in LAYOUTS else ()):
-            found.setdefault((function, c, oc), Shape(function, n, c, oc))
-    return list(found.values())
+            found.setdefault((function, c, oc), (Shape(function, n, c, oc), op))
+    return dict(found.values())
 
 
 @dataclass(frozen=True)
@@ -148,25 +153,35 @@ class Rule:
     parts: int | str = 0
 
 
-def choose(shape: Shape, precision: str, multiprocessors: int) -> Choice:
-    """The fastest by a simple model: whole waves of blocks, and a pass over memory for the sum of the parts."""
-    m, n, k = shape.product
+def choose(shape: Shape, precision: str, multiprocessors: int, tuned: Mapping | None = None) -> Choice:
+    """As tuned for about so many rows; else the fastest by the model."""
     if precision == "bf16" and not shape.aligned(precision):
         return Choice(TILES[-1], 1)
-    candidates = []
-    for tile in TILES if precision == "bf16" else FLOAT_TILES:
-        tiles = -(-m // tile.rows) * -(-n // tile.columns)
-        slots = multiprocessors * tile.blocks
-        for parts in range(1, _parts_limit(shape) + 1):
-            overhead = tile.gelu_overhead if shape.function == "linear_backward_input_gelu" else tile.overhead
-            terms = -(-k // (parts * tile.depth)) * tile.depth + overhead
-            waves = -(-tiles * parts // slots)
-            seconds = waves * tile.blocks * 2 * tile.rows * tile.columns * terms / (tile.speed * 1e12)
-            if parts > 1:
-                seconds += 3e-6 + 4 * m * n * (2 * parts + 1) / (BANDWIDTH * 1e12)
-            candidates.append((seconds, parts, tile))
-    _, parts, tile = min(candidates, key=lambda candidate: candidate[:2])
-    return Choice(tile, parts)
+    found = hopper.nearest(tuned or {}, shape.function, shape.n, shape.c, shape.oc)
+    return found or min(
+        candidates(shape, precision), key=lambda choice: (_seconds(shape, choice, multiprocessors), choice.parts)
+    )
+
+
+def candidates(shape: Shape, precision: str) -> list[Choice]:
+    """What may compute it, where its rows are aligned."""
+    tiles = TILES if precision == "bf16" else FLOAT_TILES
+    return [Choice(tile, parts) for tile in tiles for parts in range(1, _parts_limit(shape) + 1)]
+
+
+def _seconds(shape: Shape, choice: Choice, multiprocessors: int) -> float:
+    """By a simple model: whole waves of blocks, and a pass over memory for the sum of the parts."""
+    m, n, k = shape.product
+    tile, parts = choice.tile, choice.parts
+    tiles = -(-m // tile.rows) * -(-n // tile.columns)
+    slots = multiprocessors * tile.blocks
+    overhead = tile.gelu_overhead if shape.function == "linear_backward_input_gelu" else tile.overhead
+    terms = -(-k // (parts * tile.depth)) * tile.depth + overhead
+    waves = -(-tiles * parts // slots)
+    seconds = waves * tile.blocks * 2 * tile.rows * tile.columns * terms / (tile.speed * 1e12)
+    if parts > 1:
+        seconds += 3e-6 + 4 * m * n * (2 * parts + 1) / (BANDWIDTH * 1e12)
+    return seconds
 
 
 def _parts_limit(shape: Shape) -> int:
@@ -178,29 +193,39 @@ def _parts_limit(shape: Shape) -> int:
 
 def by_tma(shape: Shape, precision: str, wgmma: bool) -> bool:
     """Whether the Hopper kernels compute it. wgmma: whether there are such."""
-    return wgmma and shape.aligned(precision)
+    return wgmma and precision == "bf16" and shape.aligned(precision)
 
 
-def turns(shape: Shape, precision: str, wgmma: bool) -> int:
-    """Counters that a function needs."""
-    return hopper.turns(shape.function, shape.n, shape.c, shape.oc) if by_tma(shape, precision, wgmma) else 0
-
-
-def scratch_bytes(shape: Shape, precision: str, multiprocessors: int, wgmma: bool = False) -> int:
-    """What a function needs of the device memory that all kernels share: parts of a weight gradient, and sums of columns."""
+def chosen(
+    shape: Shape, precision: str, multiprocessors: int, wgmma: bool = False, tuned: Mapping | None = None
+) -> Choice | hopper.Choice:
+    """What computes it. tuned: what --tuned found for these kernels, as hopper.nearest takes it."""
     if by_tma(shape, precision, wgmma):
-        return hopper.scratch_bytes(shape.function, shape.n, shape.c, shape.oc)
-    choice = choose(shape, precision, multiprocessors)
+        return hopper.choose(shape.function, shape.n, shape.c, shape.oc, tuned)
+    return choose(shape, precision, multiprocessors, None if wgmma else tuned)
+
+
+def turns(shape: Shape, choice: Choice | hopper.Choice) -> int:
+    """Counters that a function needs."""
+    return hopper.turns(shape.function, shape.c, shape.oc, choice) if isinstance(choice, hopper.Choice) else 0
+
+
+def scratch_bytes(shape: Shape, choice: Choice | hopper.Choice) -> int:
+    """What a function needs of the device memory that all kernels share: parts of a weight gradient, and sums of columns."""
+    if isinstance(choice, hopper.Choice):
+        return hopper.scratch_bytes(shape.function, shape.n, shape.c, shape.oc, choice)
     if shape.function == "linear_backward_weight":
         weights = choice.parts * shape.oc * shape.c if choice.parts > 1 else 0
         return 4 * max(weights, SUM_PARTS * shape.oc)
     if shape.function == "linear_backward_input_gelu":
-        sums = -(-shape.n // choice.tile.rows) * choice.tile.warps_m if precision == "bf16" else 0
+        sums = -(-shape.n // choice.tile.rows) * choice.tile.warps_m if isinstance(choice.tile, Tile) else 0
         return 4 * (SUM_PARTS + sums) * shape.c
     return 0
 
 
-def options(shapes: Iterable[Shape], precision: str, multiprocessors: int, wgmma: bool = False) -> dict:
+def options(
+    shapes: Iterable[Shape], precision: str, multiprocessors: int, wgmma: bool = False, tuned: Mapping | None = None
+) -> dict:
     """What the templates need: `tiles`, and for each function its rules.
 
     Rules look at c and oc alone, so that they serve any number of rows. Without a shape of a function: rules for any shape.
@@ -210,12 +235,10 @@ def options(shapes: Iterable[Shape], precision: str, multiprocessors: int, wgmma
     for function in LAYOUTS:
         groups: dict = {}
         for shape in (s for s in shapes if s.function == function):
-            if by_tma(shape, precision, wgmma):
-                choice = hopper.choose(function, shape.n, shape.c, shape.oc)
+            choice = chosen(shape, precision, multiprocessors, wgmma, tuned)
+            parts: int | str = choice.parts
+            if isinstance(choice, hopper.Choice):
                 parts = f"{choice.parts}, {'APART' if choice.apart else 'IN_TURN'}"
-            else:
-                choice = choose(shape, precision, multiprocessors)
-                parts = choice.parts
             if function != "linear_backward_weight":
                 parts = 0
             conditions = groups.setdefault((choice.tile, shape.aligned(precision), parts), [])

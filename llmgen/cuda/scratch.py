@@ -19,17 +19,20 @@ def turns(graph: Graph, config: Config, machine: Architecture) -> int:
     precision = config.program.precision
     if not machine.is_hopper or precision != "bf16":
         return 0
-    return max(attention.COUNTERS, *(products.turns(shape, precision, True) for shape in products.shapes(graph)))
+    return max(attention.COUNTERS, *(products.turns(*product) for product in _products(graph, config, machine)))
+
+
+def _products(graph: Graph, config: Config, machine: Architecture) -> list[tuple]:
+    """Each with what computes it."""
+    machines = config.program.precision, machine.multiprocessors, machine.is_hopper, machine.tuned
+    return [(shape, products.chosen(shape, *machines)) for shape in products.shapes(graph)]
 
 
 def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     """The most that any one kernel needs: they run one after another."""
     model, b, t = config.model, config.program.batch_size, config.program.seq_len
     heads = model.num_heads + 2 * model.num_kv_heads
-    of_products = [
-        products.scratch_bytes(shape, config.program.precision, machine.multiprocessors, machine.is_hopper)
-        for shape in products.shapes(graph)
-    ]
+    of_products = [products.scratch_bytes(*product) for product in _products(graph, config, machine)]
     return max(
         *of_products,
         elementwise.scratch_bytes(b * t, model.channels, heads, model.head_size),
