@@ -4,8 +4,8 @@
   it, so it serves every config. It computes what each product must be by a plain kernel; a candidate is timed only after all of
   its results were found right, twice.
 - All candidates are timed once; the best, and what llmgen would take anyway, then in several rounds, in shuffled order.
-- A candidate that fails, hangs or is wrong is reported and left out; if it took the GPU's context with it, the program is
-  started again. Winners are kept as soon as a product is done.
+- A candidate that fails or is wrong is reported and left out. If it faults or hangs, its tile is left out from then on, and the
+  program is started again. Winners are kept as soon as a product is done.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ BURST = 1.5  # milliseconds of one measurement, at least
 MOST_CALLS = 100
 FINALISTS = 10  # that go into the rounds
 WORTH = 1.004  # so much faster a candidate must be to take the place of what ships
-PATIENCE = 60.0  # seconds for an answer
+PATIENCE = 30.0  # seconds for an answer
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,16 @@ class Failed(Exception):
     """What a program says of a candidate that did not work."""
 
 
+class Lost(Failed):
+    """Its end: it faulted or did not answer."""
+
+
 class Tuner:
     """A program that is told one line at a time and answers each with one. It is started when needed, and again if it ends."""
 
     def __init__(self, path: Path):
         self._path, self._process, self._product, self._rest = path, None, "", b""
+        self.lost: set = set()  # tiles that ended it
 
     def __enter__(self):
         return self
@@ -277,14 +282,15 @@ class Tuner:
                 self._process.kill()
                 status = self._process.wait()
                 self._stop()
-                raise Failed(f"the program ended with status {status}" if ready else f"no answer in {PATIENCE:.0f} s")
+                raise Lost(f"the program ended with status {status}" if ready else f"no answer in {PATIENCE:.0f} s")
             self._rest += got
         line, _, self._rest = self._rest.partition(b"\n")
         text = line.decode(errors="replace")
-        if text.startswith("died"):
+        if text.startswith("died "):
             self._stop()
-        if text.startswith(("died ", "failed ")):
-            raise Failed(text.partition(" ")[2])
+            raise Lost(text.removeprefix("died "))
+        if text.startswith("failed "):
+            raise Failed(text.removeprefix("failed "))
         return text
 
     def _stop(self) -> None:
@@ -303,9 +309,10 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
     kernels = tuned.family(machine, precision)
     numbers = {tile: i for i, tile in enumerate(tiles(shape.function, kernels))}
     model, shipped = expected(shape, machine, precision)
-    every = [choice for choice in dict.fromkeys([shipped, model, *candidates(shape, kernels)]) if choice.tile in numbers]
-    scratch = max(products.scratch_bytes(shape, choice) for choice in every)
-    turns = max(products.turns(shape, choice) for choice in every)
+    every = dict.fromkeys([shipped, model, *candidates(shape, kernels)])
+    every = [choice for choice in every if choice.tile in numbers and choice.tile not in tuner.lost]
+    scratch = max((products.scratch_bytes(shape, choice) for choice in every), default=0)
+    turns = max((products.turns(shape, choice) for choice in every), default=0)
     there = product.bias, product.addend, product.pre, product.sums, product.wide
     try:
         tuner.product(" ".join(map(str, ["product", shape.n, shape.c, shape.oc, *map(int, there), scratch, turns])))
@@ -321,10 +328,14 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
             return float(answer.split()[1])
         except Failed as failed:
             write(f"{product.title}: {named(choice)} is left out: {failed}")
+            if isinstance(failed, Lost):
+                tuner.lost.add(choice.tile)
             return None
 
     first: dict[Choice, float] = {}
     for choice in every:
+        if choice.tile in tuner.lost:
+            continue
         milliseconds = ask("time", choice, 1) if ask("check", choice) is not None else None
         if milliseconds is not None:
             first[choice] = milliseconds
@@ -334,13 +345,15 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
     for _ in range(rounds):
         dice.shuffle(order)
         for choice in list(order):
+            if choice.tile in tuner.lost:
+                continue
             calls = min(MOST_CALLS, math.ceil(BURST / max(first[choice], 1e-6)))
             milliseconds = ask("time", choice, calls)
             if milliseconds is None:
                 order.remove(choice)
-                del times[choice]
             else:
                 times[choice].append(milliseconds)
+    times = {choice: found for choice, found in times.items() if len(found) == rounds}
     if not times:
         write(f"{product.title}: no candidate works")
         return None
