@@ -87,3 +87,10 @@ def test_counters_and_scratch_follow_the_choice():
     apart = hopper.choose(hopper.WEIGHT_GRADIENT, 65536, 768, 768)
     assert apart.apart
     assert hopper.scratch_bytes(hopper.WEIGHT_GRADIENT, 65536, 768, 768, apart) >= 4 * apart.parts * 768 * 768
+
+
+def test_floats_take_the_portable_kernels_on_hopper_too():
+    shape = products.Shape(hopper.WEIGHT_GRADIENT, 65536, 768, 768)
+    choice = products.chosen(shape, "fp32", 132, wgmma=True)
+    assert isinstance(choice.tile, products.FloatTile)
+    assert products.scratch_bytes(shape, choice) >= 4 * choice.parts * 768 * 768
