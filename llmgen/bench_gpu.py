@@ -13,16 +13,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from llmgen import program, render, toolchain
 from llmgen.bench import (
     PRODUCTS,
     import_torch,
+    op_times,
     plain_attention,
     products,
     program_command,
-    run,
     timed_calls,
     torch_commands,
     write_table,
@@ -99,23 +97,15 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
 
 
 def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, write) -> None:
-    done = run(program_command(timed, folder, steps))
-    step = statistics.median(done.milliseconds)
-    rest = np.array(done.milliseconds)
+    step, left, ops = op_times(plan, timed, folder, steps)
     rows = []
-    repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
-    for at, call in enumerate(timed_calls(plan)):
-        per_step = repeats[id(call)]
-        of_steps = 1e3 * np.array(done.ops[at]).reshape(-1, per_step).sum(axis=1)[1:]
-        rest -= of_steps
-        milliseconds = float(np.median(of_steps))
+    for call, calls, milliseconds in ops:
         out = next(iter(call.op.outputs.values()))
-        tflops = call.op.kind.flops(call.op) * per_step / milliseconds * 1e-9
-        terabytes = call.op.kind.bytes(call.op) * per_step / milliseconds * 1e-9
+        tflops = call.op.kind.flops(call.op) * calls / milliseconds * 1e-9
+        terabytes = call.op.kind.bytes(call.op) * calls / milliseconds * 1e-9
         fast = [f"{tflops:.0f}", f"{tflops / peak:.0%}" if peak else "", ""]
         speed = fast if call.op.kind.template in PRODUCTS else ["", "", f"{terabytes:.2f}"]
-        rows.append([call.function, out.name, str(per_step), f"{milliseconds:.3f}", f"{milliseconds / step:.1%}", *speed])
-    left = float(np.median(rest))
+        rows.append([call.function, out.name, str(calls), f"{milliseconds:.3f}", f"{milliseconds / step:.1%}", *speed])
     rows.append(["norm, AdamW, the rest", "", "", f"{left:.3f}", f"{left / step:.1%}", "", "", ""])
     rows.append(["the step, launch by launch", "", "", f"{step:.3f}", "100.0%", f"{plan.flops / step * 1e-9:.0f}", "", ""])
     write("")
