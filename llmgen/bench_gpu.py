@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmgen import program, render, toolchain
@@ -27,14 +27,26 @@ from llmgen.bench import (
     write_tokens,
 )
 from llmgen.config import Config
+from llmgen.cuda import architecture
+from llmgen.errors import UserError
 from llmgen.plan import Plan
 
 BURST = 5  # calls of a product in one measurement of cuBLAS
 PEAK_SIZE = 8192  # of the square product whose speed is called the device's peak
 
 
-def bench(config: Config, arch: str | None, against: str | None, steps: int, rounds: int, write: Callable[[str], None]) -> None:
-    """Measure a config on the GPU that is present and write tables. Raises UserError."""
+def bench(
+    config: Config,
+    arch: str | None,
+    against: str | None,
+    modes: Sequence[str],
+    steps: int,
+    rounds: int,
+    write: Callable[[str], None],
+) -> None:
+    """Measure a config on the GPU that is present and write tables. modes: of torch.compile. Raises UserError."""
+    if architecture.present() is None:
+        raise UserError("bench --target cuda needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
     plan = program.plan(config, "cuda", "native", arch)
     torch = import_torch() if against else None
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,7 +62,7 @@ def bench(config: Config, arch: str | None, against: str | None, steps: int, rou
         if torch:
             _write_products(torch, plan, rounds, peak, write)
             _write_attention(torch, plan, rounds, write)
-        _write_steps(config, arch, folder, steps, rounds, bool(torch), write)
+        _write_steps(config, arch, folder, steps, rounds, ["", *modes] if torch else [], write)
 
 
 def _device() -> str:
@@ -182,11 +194,12 @@ def _write_attention(torch, plan: Plan, rounds: int, write) -> None:
     write_table(head, rows, write)
 
 
-def _write_steps(config: Config, arch: str | None, folder: Path, steps: int, rounds: int, torch: bool, write) -> None:
+def _write_steps(config: Config, arch: str | None, folder: Path, steps: int, rounds: int, modes: Sequence[str], write) -> None:
+    """modes: of PyTorch's program: "" is eager, others are torch.compile's."""
     built = program.build(config, "cuda", "native", arch, folder / "program")
     work = {"ours": program_command(built.program, folder, steps)}
-    if torch and config.family == "gpt2" and config.program.precision == "bf16":
-        for mode in ("", "default", "max-autotune"):
+    if config.family == "gpt2" and config.program.precision == "bf16":
+        for mode in modes:
             more = ["--device", "cuda", *(["--compile", mode] if mode else [])]
             for name, command in torch_commands(config, 8, steps, *more):
                 work[f"{name}, {f'compiled, {mode}' if mode else 'eager'}"] = command
