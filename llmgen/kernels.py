@@ -63,6 +63,7 @@ def options(model: ModelConfig, evaluation_tokens: int | None = None, *, cached:
     grouped = model.num_kv_heads != model.num_heads
     return {
         "cached": cached,
+        "positions": "CONTEXT" if cached else "MAXT",
         "attention": "C" if plain else "NH * HS",
         "attention_shape": "C" if plain else "NH*HS",
         "qkv": "3 * C" if plain and not grouped else "QKV",
