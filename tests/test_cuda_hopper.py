@@ -2,9 +2,9 @@
 
 import cuda_kernels
 import pytest
-from test_cuda_products import FUNCTIONS, MODEL, check, device, folder  # noqa: F401
+from test_cuda_products import FUNCTIONS, MODEL, check
 
-from llmgen.cuda import hopper, products
+from llmgen.cuda import architecture, hopper, products
 
 # (n, c, oc): less than a tile, edges of tiles and of clusters, sums of several laps of the ring
 SHAPES = [(40, 72, 136), (200, 328, 200), (70, 640, 8), (300, 16, 264)]
@@ -19,8 +19,8 @@ TILES = {
 
 
 @pytest.fixture
-def hopper_device(device):  # noqa: F811
-    if device == "gpu" and cuda_kernels.present_architecture() != "sm_90a":
+def hopper_device(device):
+    if device == "gpu" and architecture.present() != "sm_90a":
         pytest.skip("no Hopper here")
     return device
 
@@ -36,7 +36,7 @@ def only(tile, parts):
 
 @pytest.mark.parametrize("parts", ["1, IN_TURN", "3, IN_TURN", "3, APART"])
 @pytest.mark.parametrize("tile", TILES)
-def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile, parts):  # noqa: F811
+def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile, parts):
     if parts != "1, IN_TURN" and "columns" in tile:
         pytest.skip("as with 192 columns")
     made = cuda_kernels.build(
@@ -48,7 +48,7 @@ def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile,
         FUNCTIONS,
         residual="fp32",
         arch="sm_90a",
-        architecture="sm_90a",
+        machine="sm_90a",
         options={"products": only(TILES[tile], parts)},
         scratch=4 << 20,
     )
