@@ -27,7 +27,7 @@ def templates(
     """Template names in the order of the source, for the op templates in the order of their first use."""
     prelude, names = list(PRELUDE[target]), list(ops)
     if uses_wgmma(machine, precision):
-        prelude[1:1] = ["cuda/ptx_sm90.j2"]
+        prelude[1:1] = ["cuda/ptx_sm90.j2", "cuda/tensor_map.j2"]
         prelude.append("cuda/gemm_sm90.j2")
         if model and model.head_size in attention.HOPPER_HEAD_SIZES:
             names = ["attention_sm90" if name == "attention" else name for name in names]

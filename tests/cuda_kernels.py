@@ -25,7 +25,7 @@ from llmgen import kernels, render
 from llmgen.config import ModelConfig
 from llmgen.cuda import architecture, products
 
-HOPPER_PRELUDE = ("cuda/ptx_sm90.j2", "cuda/gemm_sm90.j2")
+HOPPER_PRELUDE = ("cuda/ptx_sm90.j2", "cuda/tensor_map.j2", "cuda/gemm_sm90.j2")
 GUARD = 1024  # bytes before and behind each buffer
 DEVICES = ("emulator", "gpu")
 
@@ -55,6 +55,7 @@ static float *scratch;
 static int *turns;
 static FILE *logits_file;
 static void write_logits(const floatX *, int) {{}}
+#define die(status, ...) (fprintf(stderr, __VA_ARGS__), exit(status))
 static cudaError_t harness_error;
 #define cudaCheck(call) do {{ cudaError_t e = (call); if (e != cudaSuccess && !harness_error) harness_error = e; }} while (0)
 
