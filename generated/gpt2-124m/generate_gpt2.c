@@ -113,11 +113,7 @@ static struct {
     float *lnfb;      /* (C) */
 } params;
 
-<<<<<<< HEAD
 /* Keys and values of the tokens that were decoded. A sequence has all of this; the next follows CACHED_VALUES further on. */
-=======
-/* Keys and values of the tokens that were decoded. A sequence has all of this; the next one's lie CACHED_VALUES further. */
->>>>>>> c090865 (generate: narrower lines, rope tables as long as the context, empty prompts in a table's encoder)
 static struct {
     float *keys;    /* (L, NH, CACHE, HS) */
     float *values;  /* (L, NH, CACHE, HS) */
