@@ -155,22 +155,28 @@ def program_command(path: Path, folder: Path, steps: int) -> list[str]:
     return [str(path), "--train-data", str(folder / "tokens.bin"), "--steps", str(steps + 1), "--val-every", "0"]
 
 
-def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, write) -> None:
+def op_times(plan: Plan, timed: Path, folder: Path, steps: int) -> tuple[float, float, list[tuple[Call, int, float]]]:
+    """Medians in milliseconds of a timed program: a step, what of it is in no op, and the ops with their calls in a step."""
     done = run(program_command(timed, folder, steps))
-    step = statistics.median(done.milliseconds)
     rest = np.array(done.milliseconds)
-    rows = []
     repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
+    ops = []
     for at, call in enumerate(timed_calls(plan)):
-        per_step = repeats[id(call)]
-        of_steps = 1e3 * np.array(done.ops[at]).reshape(-1, per_step).sum(axis=1)[1:]
+        calls = repeats[id(call)]
+        of_steps = 1e3 * np.array(done.ops[at]).reshape(-1, calls).sum(axis=1)[1:]
         rest -= of_steps
-        milliseconds = float(np.median(of_steps))
+        ops.append((call, calls, float(np.median(of_steps))))
+    return statistics.median(done.milliseconds), float(np.median(rest)), ops
+
+
+def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, write) -> None:
+    step, left, ops = op_times(plan, timed, folder, steps)
+    rows = []
+    for call, calls, milliseconds in ops:
         out = next(iter(call.op.outputs.values()))
-        gflops = call.op.kind.flops(call.op) * per_step / milliseconds * 1e-6
+        gflops = call.op.kind.flops(call.op) * calls / milliseconds * 1e-6
         speed = [f"{gflops:.0f}", f"{gflops / peak:.0%}"] if call.op.kind.template in PRODUCTS else ["", ""]
-        rows.append([call.function, out.name, str(per_step), f"{milliseconds:.2f}", f"{milliseconds / step:.1%}", *speed])
-    left = float(np.median(rest))
+        rows.append([call.function, out.name, str(calls), f"{milliseconds:.2f}", f"{milliseconds / step:.1%}", *speed])
     rows.append(["norm, AdamW, the rest", "", "", f"{left:.2f}", f"{left / step:.1%}", "", ""])
     rows.append(["the step", "", "", f"{step:.2f}", "100.0%", f"{plan.flops / step * 1e-6:.0f}", ""])
     rows[-1][-1] = f"{plan.flops / step * 1e-6 / peak:.0%}"

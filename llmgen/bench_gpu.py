@@ -10,33 +10,43 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from llmgen import program, render, toolchain
 from llmgen.bench import (
     PRODUCTS,
     import_torch,
+    op_times,
     plain_attention,
     products,
     program_command,
-    run,
     timed_calls,
     torch_commands,
     write_table,
     write_tokens,
 )
 from llmgen.config import Config
+from llmgen.cuda import architecture
+from llmgen.errors import UserError
 from llmgen.plan import Plan
 
 BURST = 5  # calls of a product in one measurement of cuBLAS
 PEAK_SIZE = 8192  # of the square product whose speed is called the device's peak
 
 
-def bench(config: Config, arch: str | None, against: str | None, steps: int, rounds: int, write: Callable[[str], None]) -> None:
-    """Measure a config on the GPU that is present and write tables. Raises UserError."""
+def bench(
+    config: Config,
+    arch: str | None,
+    against: str | None,
+    modes: Sequence[str],
+    steps: int,
+    rounds: int,
+    write: Callable[[str], None],
+) -> None:
+    """Measure a config on the GPU that is present and write tables. modes: of torch.compile. Raises UserError."""
+    if architecture.present() is None:
+        raise UserError("bench --target cuda needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
     plan = program.plan(config, "cuda", "native", arch)
     torch = import_torch() if against else None
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,7 +62,7 @@ def bench(config: Config, arch: str | None, against: str | None, steps: int, rou
         if torch:
             _write_products(torch, plan, rounds, peak, write)
             _write_attention(torch, plan, rounds, write)
-        _write_steps(config, arch, folder, steps, rounds, bool(torch), write)
+        _write_steps(config, arch, folder, steps, rounds, ["", *modes] if torch else [], write)
 
 
 def _device() -> str:
@@ -99,23 +109,15 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
 
 
 def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, write) -> None:
-    done = run(program_command(timed, folder, steps))
-    step = statistics.median(done.milliseconds)
-    rest = np.array(done.milliseconds)
+    step, left, ops = op_times(plan, timed, folder, steps)
     rows = []
-    repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
-    for at, call in enumerate(timed_calls(plan)):
-        per_step = repeats[id(call)]
-        of_steps = 1e3 * np.array(done.ops[at]).reshape(-1, per_step).sum(axis=1)[1:]
-        rest -= of_steps
-        milliseconds = float(np.median(of_steps))
+    for call, calls, milliseconds in ops:
         out = next(iter(call.op.outputs.values()))
-        tflops = call.op.kind.flops(call.op) * per_step / milliseconds * 1e-9
-        terabytes = call.op.kind.bytes(call.op) * per_step / milliseconds * 1e-9
+        tflops = call.op.kind.flops(call.op) * calls / milliseconds * 1e-9
+        terabytes = call.op.kind.bytes(call.op) * calls / milliseconds * 1e-9
         fast = [f"{tflops:.0f}", f"{tflops / peak:.0%}" if peak else "", ""]
         speed = fast if call.op.kind.template in PRODUCTS else ["", "", f"{terabytes:.2f}"]
-        rows.append([call.function, out.name, str(per_step), f"{milliseconds:.3f}", f"{milliseconds / step:.1%}", *speed])
-    left = float(np.median(rest))
+        rows.append([call.function, out.name, str(calls), f"{milliseconds:.3f}", f"{milliseconds / step:.1%}", *speed])
     rows.append(["norm, AdamW, the rest", "", "", f"{left:.3f}", f"{left / step:.1%}", "", "", ""])
     rows.append(["the step, launch by launch", "", "", f"{step:.3f}", "100.0%", f"{plan.flops / step * 1e-9:.0f}", "", ""])
     write("")
@@ -192,11 +194,12 @@ def _write_attention(torch, plan: Plan, rounds: int, write) -> None:
     write_table(head, rows, write)
 
 
-def _write_steps(config: Config, arch: str | None, folder: Path, steps: int, rounds: int, torch: bool, write) -> None:
+def _write_steps(config: Config, arch: str | None, folder: Path, steps: int, rounds: int, modes: Sequence[str], write) -> None:
+    """modes: of PyTorch's program: "" is eager, others are torch.compile's."""
     built = program.build(config, "cuda", "native", arch, folder / "program")
     work = {"ours": program_command(built.program, folder, steps)}
-    if torch and config.family == "gpt2" and config.program.precision == "bf16":
-        for mode in ("", "default", "max-autotune"):
+    if config.family == "gpt2" and config.program.precision == "bf16":
+        for mode in modes:
             more = ["--device", "cuda", *(["--compile", mode] if mode else [])]
             for name, command in torch_commands(config, 8, steps, *more):
                 work[f"{name}, {f'compiled, {mode}' if mode else 'eager'}"] = command

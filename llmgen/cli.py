@@ -264,14 +264,15 @@ def verify(**choices):
 @click.option("--against", type=click.Choice(["torch"]), help="The same work in PyTorch, in turns with ours.")
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Steps in each run.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Runs of each, in turns.")
-def bench(against, steps, rounds, **choices):
+@click.option("--compile", "modes", default="default", show_default=True, metavar="MODES", help="Of torch.compile, on a GPU.")
+def bench(against, steps, rounds, modes, **choices):
     """Times each op and the whole training step, alone or beside PyTorch."""
     from llmgen import bench, bench_gpu, program
 
     config = program.config(**choices)
     if choices["target"] == "cuda":
         arch = program.machine(config, choices["arch"], choices["tuned"])
-        bench_gpu.bench(config, arch, against, steps, rounds, click.echo)
+        bench_gpu.bench(config, arch, against, [m for m in modes.split(",") if m], steps, rounds, click.echo)
     else:
         bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
 

@@ -67,10 +67,7 @@ def _encoded(config: Config, texts: Sequence[str], name: str | None, folder: Pat
     Of a table alone the program itself encodes, as GPT-2 does.
     """
     if name and _is_table(name):
-        given = ["--tokenizer", os.path.abspath(name)]
-        for text in texts:
-            given += ["--prompt", text]
-        return given
+        return ["--tokenizer", os.path.abspath(name), *(f"--prompt={text}" for text in texts)]
     made = tokenizer_of(config, name, "--model")
     table, ids = folder / "tokenizer.bin", folder / "prompts.txt"
     tokenizer.write(table, [text[: tokenizer.MAX_BYTES] for text in made.table], made.end_of_text)

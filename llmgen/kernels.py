@@ -27,7 +27,7 @@ def templates(
     """Template names in the order of the source, for the op templates in the order of their first use."""
     prelude, names = list(PRELUDE[target]), list(ops)
     if uses_wgmma(machine, precision):
-        prelude[1:1] = ["cuda/ptx_sm90.j2"]
+        prelude[1:1] = ["cuda/ptx_sm90.j2", "cuda/tensor_map.j2"]
         prelude.append("cuda/gemm_sm90.j2")
         if model and model.head_size in attention.HOPPER_HEAD_SIZES:
             names = ["attention_sm90" if name == "attention" else name for name in names]
@@ -63,6 +63,7 @@ def options(model: ModelConfig, evaluation_tokens: int | None = None, *, cached:
     grouped = model.num_kv_heads != model.num_heads
     return {
         "cached": cached,
+        "positions": "CONTEXT" if cached else "MAXT",
         "attention": "C" if plain else "NH * HS",
         "attention_shape": "C" if plain else "NH*HS",
         "qkv": "3 * C" if plain and not grouped else "QKV",

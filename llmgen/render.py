@@ -42,6 +42,7 @@ def environment() -> jinja2.Environment:
     env.filters["c_float"] = c_float
     env.filters["c_type"] = C_TYPES.get
     env.filters["muon_parts"] = muon_parts
+    env.filters["numbers"] = numbers
     return env
 
 
@@ -103,9 +104,9 @@ def generation(plan: GenerationPlan) -> str:
         "model_template": "c/generate_model.j2",
         "weights_memory": "params_memory",
         "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
-        "letters": numbers(characters.LETTERS),
-        "numbers": numbers(characters.NUMBERS),
-        "spaces": numbers(characters.SPACES),
+        "letters": characters.LETTERS,
+        "numbers": characters.NUMBERS,
+        "spaces": characters.SPACES,
     }
     return _rendered("generate.c.j2", plan, context)
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from llmgen import kernels, render
 from llmgen.config import ModelConfig
-from llmgen.cuda import products
+from llmgen.cuda import architecture, products
 
-HOPPER_PRELUDE = ("cuda/ptx_sm90.j2", "cuda/gemm_sm90.j2")
+HOPPER_PRELUDE = ("cuda/ptx_sm90.j2", "cuda/tensor_map.j2", "cuda/gemm_sm90.j2")
 GUARD = 1024  # bytes before and behind each buffer
 DEVICES = ("emulator", "gpu")
 
@@ -55,6 +55,7 @@ static float *scratch;
 static int *turns;
 static FILE *logits_file;
 static void write_logits(const floatX *, int) {{}}
+#define die(status, ...) (fprintf(stderr, __VA_ARGS__), exit(status))
 static cudaError_t harness_error;
 #define cudaCheck(call) do {{ cudaError_t e = (call); if (e != cudaSuccess && !harness_error) harness_error = e; }} while (0)
 
@@ -140,44 +141,34 @@ def _export(name: str, text: str) -> str:
     return f'extern "C" void harness_{name}({parameters}) {{ {function}({values}); }}\n'
 
 
-def build(folder: Path, device: str, *args, architecture: str | None = None, races: bool = False, **kwargs) -> "Library":
+def build(folder: Path, device: str, *args, machine: str | None = None, races: bool = False, **kwargs) -> "Library":
     """Renders (see `source`), compiles and loads; what has been compiled in the folder is not compiled again.
 
-    architecture: for nvcc, if not the present GPU's. races: the emulator also looks for races in shared memory.
+    machine: the architecture for nvcc, if not the present GPU's. races: the emulator also looks for races in shared memory.
     """
     text = source(*args, **kwargs)
     functions = kwargs["functions"] if "functions" in kwargs else args[3]
-    compiled = compile_text(folder, device, text, architecture, races)
+    compiled = compile_text(folder, device, text, machine, races)
     plain = {"floatX": kwargs.get("precision", "bf16"), "floatR": kwargs.get("residual", "bf16")}
     if plain["floatX"] == "fp32":
         plain["floatR"] = "fp32"
     return Library(compiled, device, functions, plain, kwargs.get("scratch", 1 << 20))
 
 
-def compile_text(folder: Path, device: str, text: str, architecture: str | None = None, races: bool = False) -> Path:
-    key = hashlib.sha256(f"{device} {architecture} {races} {text}".encode()).hexdigest()[:16]
+def compile_text(folder: Path, device: str, text: str, machine: str | None = None, races: bool = False) -> Path:
+    key = hashlib.sha256(f"{device} {machine} {races} {text}".encode()).hexdigest()[:16]
     path, library = folder / f"{key}.cu", folder / f"{key}.so"
     if not library.exists():
         path.write_text(text)
         if device == "emulator":
             emulator.compile(path, library, shared=True, races=races)
         else:
-            arch = architecture or present_architecture()
-            command = ["nvcc", f"-arch={arch}", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
+            flags = architecture.resolve(machine, "fp32").flags
+            command = ["nvcc", *flags, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
             done = subprocess.run([*command, str(path), "-o", str(library)], capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)} {path}\n{done.stderr[:6000]}")
     return library
-
-
-def present_architecture() -> str | None:
-    """Of the GPU here, sm_90a if it is a Hopper; None: there is none."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"sm_{found[0].replace('.', '')}{'a' if found[0] == '9.0' else ''}" if found else None
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

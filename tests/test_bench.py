@@ -7,6 +7,8 @@ import shutil
 import pytest
 from command import fails, succeeds
 
+from llmgen.cuda import architecture
+
 TINY = ["--config", "gpt2-nano", "--batch-size", "2", "--seq-len", "16", "--set", "num_layers=2", "--set", "channels=32"]
 QUICK = ["--steps", "2", "--rounds", "1"]
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
@@ -35,5 +37,6 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path):
     assert "pip install torch" in fails(1, "bench", "--against", "torch", *TINY, cwd=tmp_path, env={"PYTHONPATH": path})
 
 
-def test_a_program_of_another_target_is_refused(tmp_path):
-    assert "cuda" in fails(1, "bench", "--target", "cuda", cwd=tmp_path)
+@pytest.mark.skipif(architecture.present() is not None, reason="there is a GPU")
+def test_without_a_gpu_the_cuda_program_is_not_timed(tmp_path):
+    assert "needs an NVIDIA GPU" in fails(1, "bench", "--target", "cuda", cwd=tmp_path)

@@ -11,6 +11,7 @@ import pytest
 
 from llmgen import bench_gpu, toolchain
 from llmgen import config as configs
+from llmgen.cuda import architecture
 
 SMALL = {"num_layers": 1, "num_heads": 2, "channels": 32, "max_seq_len": 16, "batch_size": 1, "seq_len": 16}
 
@@ -37,12 +38,13 @@ def emulated(monkeypatch):
         return toolchain.Build(program, ("nvcc",))
 
     monkeypatch.setattr(toolchain, "compile", compile)
+    monkeypatch.setattr(architecture, "present", lambda: "sm_80")
 
 
 def test_it_times_every_op_and_the_step(emulated):
     lines = []
     config = configs.load("gpt2-nano", target="cuda", overrides=SMALL)
-    bench_gpu.bench(config, "sm_80", None, 2, 1, lines.append)
+    bench_gpu.bench(config, "sm_80", None, [], 2, 1, lines.append)
     text = "\n".join(lines)
     assert "attention_backward" in text and "the step, launch by launch" in text
     (step,) = [line for line in lines if line.startswith("ours ")]

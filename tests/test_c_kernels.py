@@ -44,11 +44,6 @@ def build(tmp_path_factory):
     return build
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def normal(rng, *shape):
     return rng.standard_normal(shape, dtype=np.float32)
 

@@ -8,27 +8,15 @@ import numpy as np
 import pytest
 
 from llmgen.config import ModelConfig
-from llmgen.cuda import attention
+from llmgen.cuda import architecture, attention
 from llmgen.ops.attention import ATTENTION, ATTENTION_BACKWARD
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++ on x86-64 Linux")
 LIMITS = {"bf16": 1e-2, "fp32": 1e-5}
 
 
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "gpu" and cuda_kernels.present_architecture() is None:
-        pytest.skip("no GPU here")
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("attention")
-
-
 def build(folder, device, head_size, heads, kv_heads, precision, window=False, softcap=0.0, scale=0.0, hopper=False):
-    if hopper and device == "gpu" and cuda_kernels.present_architecture() != "sm_90a":
+    if hopper and device == "gpu" and architecture.present() != "sm_90a":
         pytest.skip("no Hopper here")
     model = ModelConfig(
         num_layers=1,
@@ -53,7 +41,7 @@ def build(folder, device, head_size, heads, kv_heads, precision, window=False, s
         f"{argument}, int b, int t",
     }
     if hopper:
-        options = {"arch": "sm_90a", "architecture": "sm_90a", "options": {"head_size": head_size}}
+        options = {"arch": "sm_90a", "machine": "sm_90a", "options": {"head_size": head_size}}
         return cuda_kernels.build(
             folder, device, sizes, model, ["attention_sm90"], functions, races=device == "emulator", **options
         )
@@ -137,7 +125,7 @@ def test_scores_far_above_the_first_on_hopper(folder, device):
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_long_sequences(folder, head_size, hopper):
-    if cuda_kernels.present_architecture() is None:
+    if architecture.present() is None:
         pytest.skip("no GPU here")
     library = build(folder, "gpu", head_size, 2, 2, "bf16", hopper=hopper)
     check(library, head_size, 2, 2, "bf16", 2, 2048)

@@ -93,23 +93,6 @@ static void add_behind(floatX *out, const floatX *a, const floatX *b, int n) { a
 """
 
 
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "gpu" and cuda_kernels.present_architecture() is None:
-        pytest.skip("no GPU here")
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cuda")
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture
 def build(folder, device):
     """build(kind, sizes, templates, functions, more, **options of the templates)"""

@@ -11,23 +11,6 @@ pytestmark = pytest.mark.skipif(not emulator.available(), reason="the emulator n
 MODEL = ModelConfig(1, 2, 16, 50, 16, 2, 8, 64)
 
 
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "gpu" and cuda_kernels.present_architecture() is None:
-        pytest.skip("no GPU here")
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cuda")
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def own(folder, device, kernels: str, races: bool = False, **functions: str) -> cuda_kernels.Library:
     """A library of the test's own kernels."""
     return cuda_kernels.build(folder, device, {"C": 16}, MODEL, [], functions, more=kernels, races=races)

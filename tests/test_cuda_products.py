@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import cuda_kernels
-import emulator
 import numpy as np
 import pytest
 
@@ -24,20 +23,6 @@ FUNCTIONS = {
 }
 # (n, c, oc): one tile and less, edges of tiles, rows of 200 bytes, odd rows, long sums, one of everything
 SHAPES = [(64, 64, 64), (100, 136, 72), (37, 100, 260), (65, 99, 33), (300, 16, 8), (1, 1, 1), (130, 257, 131), (5, 8, 400)]
-
-
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "emulator" and not emulator.available():
-        pytest.skip("the emulator needs g++ on x86-64 Linux")
-    if request.param == "gpu" and cuda_kernels.present_architecture() is None:
-        pytest.skip("no GPU here")
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("products")
 
 
 def library(folder, device, precision, chosen):

@@ -225,6 +225,8 @@ def test_the_program_refuses_in_one_line(small):
         (1, ("--load", "model.bin", "--prompt-tokens", "bad.txt"), "'999' is not a token id below 257"),
         (1, ("--load", "model.bin", "--prompts", "empty.txt"), "no prompt"),
         (1, ("--load", "model.bin", "--prompts", "."), "is a folder"),
+        (2, ("--load", "model.bin", "--tokenizer", ""), "--tokenizer needs a value"),
+        (2, ("--load", "model.bin", "--prompt", "--quiet"), "--prompt needs a value"),
     ):
         assert words in refused(status, program, *flags), flags
     assert "usage: generate_gpt2" in run(program, "--help") and "may be given several times" in run(program, "--help")
@@ -281,7 +283,7 @@ def test_the_source_depends_on_the_model_alone():
 def test_the_source_reads_as_if_written_by_hand():
     text = render.generation(generation.make(configs.load("gpt2-124m")))
     assert not re.search(r"{{|{%|{#|%}|\t| \n|\n\n\n\n", text), "traces of a template"
-    assert max(map(len, text.split("\n"))) <= 132 and text.isascii()
+    assert max(map(len, text.split("\n"))) <= 128 and text.isascii()
     assert "backward" not in text and "gradient" not in text
     assert toolchain.compile_line("generate_gpt2", "c", generation.make(configs.load("gpt2-124m")).profile) in text
 

@@ -9,7 +9,7 @@ from command import fails, succeeds
 
 from llmgen import config as configs
 from llmgen import models, tokenization
-from llmgen.formats import tokens, weights
+from llmgen.formats import tokenizer, tokens, weights
 
 SMALL = {"num_layers": 2, "num_heads": 2, "channels": 32, "max_seq_len": 64}
 TEXT = "Hello  world's   'll 123 déjà vu\n\n\tif x:\n  return 漢字 🙂 <|endoftext|> \u3000end "
@@ -56,6 +56,11 @@ def test_a_pipeline_generates_and_the_loss_is_the_programs(tmp_path):
     greedy = ("--tokens", 8, "--temperature", 0)
     lines = succeeds("generate", "--model", "model.bin", "--prompt", "Once upon a time", *greedy, cwd=tmp_path)
     assert "\n".join(lines).startswith(made["generated_text"].replace("\r", ""))
+    known = tokenization.load_tokenizer("gpt2")
+    tokenizer.write(tmp_path / "table.bin", known.table, known.end_of_text)
+    table = ("--tokenizer", "table.bin")  # of which the program itself encodes
+    encoded = succeeds("generate", "--model", "model.bin", "--prompt", "Once upon a time", *greedy, *table, cwd=tmp_path)
+    assert encoded[:-1] == lines[:-1]
 
     succeeds("build", "--config", "model.bin", "--batch-size", 1, "--seq-len", 16, "--out", "built", cwd=tmp_path)
     ids = generator.tokenizer(TEXT * 3)["input_ids"][:17]

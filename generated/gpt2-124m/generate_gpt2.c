@@ -22,7 +22,8 @@
  *         9,437,184  activations
  *           789,504  scratch for each thread
  *
- * Contents: sizes, tensors, basics, vectors, matrix products, layers, the model, weights, tokenizer, sampling, arguments, main.
+ * Contents: sizes, tensors, basics, vectors, matrix products, layers, the model, weights, tokenizer, encoder, sampling,
+ * generation, arguments, main.
  */
 #define _XOPEN_SOURCE 700 /* POSIX 2008, and realpath() */
 #define _DEFAULT_SOURCE   /* madvise(), where there is one */
@@ -399,9 +400,9 @@ static void gelu_row(float *out, const float *inp, int n) {
  *
  *   out (n, oc) = inp (n, c) . weight (oc, c)^T   + bias, + addend, then gelu
  *
- * Each operand is a stack of lanes (rows of inp, rows of the weight) indexed by the summation index k. The right operand, the
- * weight, is packed: a strip of it is copied into panels of NR lanes with k running slowest, so that the innermost loop
- * reads it front to back. The left one is read where it lies, a row for each line of the tile.
+ * Each operand is a stack of lanes (rows of inp, rows of the weight) indexed by the summation index k. The right operand,
+ * the weight, is packed: a strip of it is copied into panels of NR lanes with k running slowest, so that the innermost
+ * loop reads it front to back. The left one is read where it lies, a row for each line of the tile.
  *
  *   level      holds                                         constants
  *   registers  a tile of out: MR x NR sums                   MR, NR = NV * W
@@ -697,9 +698,9 @@ if (!pre) pre = out;
  */
 
 /* Puts the keys and values of n tokens where they stand: token i at positions[i] of sequence sequences[i]. */
-static void cache_append(float *keys, float *values,                                /* of this layer, in the first sequence */
-                         const float *qkv, const int *sequences, const int *positions, /* (n, 3*C), (n), (n) */
-                         int n) {
+static void cache_append(float *keys, float *values, /* of this layer, in the first sequence */
+                         const float *qkv,           /* (n, 3*C) */
+                         const int *sequences, const int *positions, int n) { /* (n), (n) */
 #pragma omp parallel for if ((size_t)n * 3 * C > TEAM_VALUES)
     for (int row = 0; row < n; row++) {
         const float *k = qkv + (size_t)row * 3 * C + C;
@@ -713,8 +714,8 @@ static void cache_append(float *keys, float *values,                            
     }
 }
 
-/* scores (rows, CACHE) = q . k for the keys from begin to end, multiples of 2 * W. Queries lie ld floats apart; where there are
- * fewer than QUERIES, the last one is computed several times. */
+/* scores (rows, CACHE) = q . k for the keys from begin to end, multiples of 2 * W. Queries lie ld floats apart; where there
+ * are fewer than QUERIES, the last one is computed several times. */
 static void score_keys(float *scores, const float *q, size_t ld, int rows, const float *keys, int begin, int end) {
     const float *query[QUERIES];
     for (int i = 0; i < QUERIES; i++) query[i] = q + (size_t)least(i, rows - 1) * ld;
@@ -790,14 +791,14 @@ static void attend(float *out, const float *qkv, const float *keys, const float 
     }
 }
 
-static void cached_attention(float *out, const float *qkv,            /* (n, C), (n, 3*C) */
+static void cached_attention(float *out, const float *qkv,           /* (n, C), (n, 3*C) */
                              const float *keys, const float *values, /* of this layer, in the first sequence */
                              const int *sequences, const int *positions, int n) { /* (n), (n) */
     enum { TOKENS = 8 * QUERIES }; /* the work of a thread: so many tokens, one head */
 #pragma omp parallel for schedule(dynamic) if ((double)n * CACHE * C > TEAM_PRODUCTS)
     for (int part = 0; part < parts_of(n, TOKENS) * NH; part++) {
         const int head = part % NH, first = part / NH * TOKENS;
-        const size_t kept = (size_t)(head) * CACHE * HS;
+        const size_t kept = (size_t)head * CACHE * HS;
         attend(out + (size_t)first * C + (size_t)head * HS, qkv + (size_t)first * 3 * C + (size_t)head * HS, keys + kept,
                values + kept, sequences + first, positions + first, least(TOKENS, n - first));
     }
@@ -841,7 +842,7 @@ static void allocate_model(int sequences) {
 }
 
 /* n tokens, of any sequences: token i stands at positions[i] of sequence sequences[i], and what stands before it there was
- * decoded earlier, in this call or another. Leaves the logits of m of them, number rows[0] to rows[m - 1], in acts.logits. */
+ * decoded earlier, in this call or another. Leaves the logits of m of them, of token rows[i] in row i, in acts.logits. */
 static void decode(const int *tokens, const int *sequences, const int *positions, int n, const int *rows, int m) {
     /* embedding */
     token_embedding_forward(acts.residual, tokens, params.wte, n, C);
@@ -1169,7 +1170,7 @@ static struct {
     int room;
     int *next, *previous;  /* parts: the number of bytes is the end */
     int *joined;           /* the token that a part and its next would make, or -1 */
-    uint64_t *queue;       /* a heap of joined << 32 | part: the least stands first, those that have changed are passed over */
+    uint64_t *queue;       /* a heap of joined << 32 | part: the least first; those that have changed are passed over */
     int waiting;
 } piece;
 
@@ -1181,7 +1182,7 @@ static void make_room(int n) {
     piece.next = (int *)allocate(3 * (size_t)n * sizeof(int));
     piece.previous = piece.next + n;
     piece.joined = piece.previous + n;
-    piece.queue = (uint64_t *)allocate(3 * (size_t)n * sizeof(uint64_t));  /* a join offers two new ones for those it ends */
+    piece.queue = (uint64_t *)allocate(3 * (size_t)n * sizeof(uint64_t));  /* a join offers two, and there are n at most */
 }
 
 static void push(uint64_t offer) {
@@ -1404,9 +1405,10 @@ static void add_prompts(const Settings *s) {
 static void show(const Settings *s) {
     while (texts.shown < texts.count) {
         Text *text = &texts.items[texts.shown];
-        if (!s->quiet && texts.count > 1 && texts.headed == texts.shown) say("prompt %d of %d:\n", ++texts.headed, texts.count);
+        const int headed = s->quiet || texts.count == 1 || texts.headed > texts.shown;
+        if (!headed) say("prompt %d of %d:\n", ++texts.headed, texts.count);
         for (; text->shown < text->length; text->shown++) print_token(text->tokens[text->shown]);
-        if (!text->done && !stop_signal) return;
+        if (!text->done) return;
         say("\n");
         texts.shown++;
     }
@@ -1436,7 +1438,7 @@ static void begin_text(const Settings *s, Text *text, int sequence) {
             positions[i] = first + i;
         }
         const int last = n - 1, is_last = first + n == text->prompt;
-        decode(text->tokens + first, sequences, positions, n, &last, is_last);
+        decode(text->tokens + first, sequences, positions, n, &last, is_last);  /* no other logits are wanted */
     }
     figures.read += text->prompt;
     figures.reading += seconds() - start;
@@ -1470,6 +1472,7 @@ static void generate(const Settings *s) {
         figures.decoding += seconds() - start;
         show(s);
     }
+    if (stop_signal) say("\n");
 }
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
@@ -1591,7 +1594,8 @@ static Settings parse_arguments(int argc, char **argv) {
             set_flag(&settings, flag, "1");
             continue;
         }
-        if (!value || !*value || (!equals && strncmp(value, "--", 2) == 0)) die(2, "%s needs a value", argument);
+        const int is_empty = !value || (!*value && flag->kind != TEXTS);
+        if (is_empty || (!equals && strncmp(value, "--", 2) == 0)) die(2, "%s needs a value", argument);
         set_flag(&settings, flag, value);
         if (!equals) i++;
     }

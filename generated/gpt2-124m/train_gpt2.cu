@@ -3685,10 +3685,10 @@ int main(int argc, char **argv) {
     if (s->eval_data) load_examples(s->eval_data);
     if (s->tokenizer) load_tokenizer(s->tokenizer);
     if (s->prompt_tokens) load_prompt(s->prompt_tokens);
-    if (s->debug_state) prove_writable(s->debug_state);
-    else if (s->save) prove_writable(s->save);
     if (s->log_dir) make_folder(s->log_dir);
     if (s->log_dir && !s->debug_state) open_metrics(s->log_dir);
+    if (s->debug_state) prove_writable(s->debug_state);
+    else if (s->save) prove_writable(s->save);
     if (metrics && !s->resume && latest_checkpoint(s->log_dir, INT_MAX) > 0) {
         die(1, "%s holds checkpoints of an earlier run; go on with --resume 1 or name another --log-dir", s->log_dir);
     }

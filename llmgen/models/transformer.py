@@ -117,7 +117,8 @@ class _Layers(Builder):
 
     def __init__(self, config: Config, table: dict[str, Tensor], cache: _Cache | None = None):
         super().__init__()
-        self.model, self.table, self.sizes, self.L = config.model, table, Sizes.of(config), config.model.num_layers
+        self.config, self.model, self.table = config, config.model, table
+        self.sizes, self.L = Sizes.of(config), config.model.num_layers
         self.cache, self.positions = cache, cache.positions if cache else None
 
     def p(self, name: str) -> Tensor | None:
@@ -151,7 +152,8 @@ class _Layers(Builder):
             qkv = self.apply(ops.QK_NORM, "qkv_normed", attrs=attrs, inp=qkv, **weights)[0]
         if m.position == "rope":
             half = Dim(int(m.head_size * m.rope_fraction) // 2, "ROPE_HALF")
-            cos, sin = (Tensor(f"rope_{x}", (s.MAXT, half), role="constant") for x in ("cos", "sin"))
+            longest = Dim(context_tokens(self.config), "CONTEXT") if self.cache else s.MAXT
+            cos, sin = (Tensor(f"rope_{x}", (longest, half), role="constant") for x in ("cos", "sin"))
             attrs = {**heads, **rope(m), "half": half}
             qkv = self.apply(ops.ROPE, "qkv_rotated", attrs=attrs, inp=qkv, cos=cos, sin=sin, positions=self.positions)
         window = None
