@@ -9,7 +9,7 @@ import pytest
 from llmgen import cli, config, flags
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if not path.name.startswith("gpu"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("table", config.TABLES)
