@@ -98,6 +98,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
     parameters = parameter_table(config, graph, alignment)
     decode = memory.with_copies(graph.function("decode"))
     room, context = transformer.cached_tokens(config), transformer.context_tokens(config)
+    whole = "whole registers" if target == "c" else f"a multiple of {transformer.CACHE_MULTIPLE}"
     sizes = (
         *model_sizes(config),
         (
@@ -105,7 +106,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
             context,
             "tokens of a sequence, prompt included" + (", whatever MAXT" if context < model.max_seq_len else ""),
         ),
-        ("CACHE", room, "the same, in the cache: rounded up to whole registers"),
+        ("CACHE", room, f"the same, in the cache: rounded up to {whole}"),
         ("PIECE", decode.inputs[0].shape[0].size, "tokens that decode takes at most: a longer prompt goes in several pieces"),
         ("SEQUENCES", transformer.DECODED_ROWS, "sequences that are generated side by side, at most"),
     )

@@ -90,12 +90,10 @@ def cached_folder(config: Config, target: str, cpu: str, arch: str | None) -> Pa
     from llmgen import data
     from llmgen.cuda import architecture
 
-    precision = config.program.precision
+    where, precision = data.default_cache() / "generate", config.program.precision
     if target == "c":
-        machine = processors.resolve(cpu).name
-    else:
-        machine = f"{architecture.portable(arch, precision).name}-{precision}"
-    return data.default_cache() / "generate" / f"{config.name}-{machine}"
+        return where / f"{config.name}-{processors.resolve(cpu).name}"
+    return where / f"{config.name}-{architecture.portable(arch, precision).name}-{precision}"
 
 
 def _build(name: str, text: str, made: Plan | GenerationPlan, where: Path, compile: bool) -> Built:

@@ -82,7 +82,7 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
 
 
 def generation(plan: GenerationPlan) -> str:
-    """The whole source of the program that generates. It depends on what `generation.stated` says, the target and the machine."""
+    """The whole source of the program that generates. It depends on `generation.stated`, the target and the machine."""
     config, name = plan.config, f"generate_{plan.config.family}"
     value = "float" if plan.target == "c" else "floatX"
     context = {

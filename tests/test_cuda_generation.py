@@ -126,3 +126,116 @@ def test_logits_and_tokens_are_those_of_the_reference(name, precision, tmp_path,
             error = np.abs(made.logits - wanted).max() / np.abs(wanted).max()
             assert error < 0.04, error
             assert written == made.logits.argmax(axis=1).tolist()
+
+
+@emulated
+def test_the_residual_stream_may_be_wider(tmp_path):
+    made = build(config_of("llama", "bf16", residual_precision="fp32"), tmp_path)
+    (prompt,) = prompts_of(made.config, 19)
+    (written,) = made.ids([prompt], "--temperature", 0, "--tokens", 3, "--stop", 0)
+    wanted = references(made, prompt, written)
+    assert np.abs(made.logits - wanted).max() / np.abs(wanted).max() < 0.03
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return build(config_of("llama", "bf16"), tmp_path_factory.mktemp("small"))
+
+
+@emulated
+def test_what_is_written_does_not_depend_on_the_batch(small):
+    prompts = prompts_of(small.config, 3, 1, 20, 5, 2, 2, 2, 4, 2, 3, 1)
+    drawn = ("--tokens", 3, "--temperature", 1.3, "--top-k", 50, "--stop", 0)
+    together = small.ids(prompts, *drawn)
+    assert len({tuple(text) for text in together}) > 8 and {len(text) for text in together} == {3}
+    assert small.ids(prompts, *drawn, "--batch", 2) == together
+    assert small.ids(prompts[:1], *drawn) == together[:1]
+    assert small.ids(prompts[:1], *drawn, "--seed", 2) != together[:1]
+
+
+@emulated
+def test_a_text_ends_at_the_end_of_text_and_where_its_context_is_full(small):
+    (prompt,) = prompts_of(small.config, 3)
+    (free,) = small.ids([prompt], "--tokens", 6, "--temperature", 2, "--stop", 0)
+    end = free[4]
+    assert small.ids([prompt], "--tokens", 6, "--temperature", 2, end_of_text=end)[0] == free[: free.index(end)]
+    (long,) = prompts_of(small.config, small.config.model.max_seq_len - 4)
+    assert len(small.ids([long], "--tokens", 99, "--stop", 0)[0]) == 4
+
+
+@emulated
+def test_it_says_what_it_did(small):
+    text = small.run("--load", "model.bin", "--tokens", 2, "--stop", 0, "--prompt-tokens", "prompts.txt")
+    figures = r"read \d+ tokens in [\d.]+ ms, [\d.]+ tok/s \| generated 2 in [\d.]+ ms, [\d.]+ tok/s \| gpu: \S.*"
+    assert re.fullmatch(figures, text.splitlines()[-1])
+
+
+@emulated
+def test_no_thread_races_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMULATOR_RACES", "1")
+    made = build(config_of("gemma", "bf16"), tmp_path)
+    (prompt,) = prompts_of(made.config, 20)
+    assert len(made.ids([prompt], "--tokens", 2, "--stop", 0)[0]) == 2
+
+
+def test_the_plan_of_a_gpu():
+    made = generation.make(config_of("gemma", "bf16"), "cuda", arch="sm_80")
+    decode = {t.name: t.dtype for op in made.graph.function("decode").ops() for t in op.outputs.values()}
+    assert decode["keys"] == decode["values"] == decode["qkv"] == "bf16"
+    assert decode["logits"] == decode["logits_capped"] == decode["lnf_rstd"] == "f32"
+    assert generation.make(config_of("gemma", "fp32"), "cuda", arch="sm_75").item_size == 4
+    assert generation.make(config_of("gpt2", "bf16"), "cuda", arch="sm_90a").profile.name == "sm_90", "portable kernels"
+    a, b = (config_of("gpt2", precision) for precision in ("bf16", "fp32"))
+    assert generation.hash_of(a, "cuda") != generation.hash_of(b, "cuda")
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("gpt2", {"precision": "bf16"}),
+        ("odd", {"precision": "bf16", "residual_precision": "fp32"}),
+        ("gemma", {"precision": "bf16"}),
+        ("qwen3", {"precision": "fp32"}),
+    ],
+)
+def test_it_compiles_without_a_warning(tmp_path, monkeypatch, name, program):
+    monkeypatch.setenv("NVCC", "nvcc -Werror all-warnings -O1")
+    built = compiled(config_of(name, **program), tmp_path)
+    assert not re.search(r"\s-l", built.compile_line)
+
+
+def compiled(config: configs.Config, folder: Path) -> program.Built:
+    return program.build_generation(config, "cuda", "native", "sm_80", folder)
+
+
+def test_the_commands(tmp_path):
+    build = (
+        "build",
+        "--config",
+        "gpt2-nano",
+        "--generate",
+        "--target",
+        "cuda",
+        "--arch",
+        "sm_80",
+        "--no-compile",
+        "--out",
+        "a",
+    )
+    lines = succeeds(*build, cwd=tmp_path)
+    assert lines[0] == "a/generate_gpt2.cu" and lines[1].endswith("-arch=sm_80 generate_gpt2.cu -o generate_gpt2cu")
+    assert "bfloat16" in (tmp_path / "a" / "generate_gpt2.cu").read_text().split("\n")[0]
+
+    config = config_of("gpt2", "bf16")
+    values = random_parameters(config, np.random.default_rng(1)).items()
+    shapes = models.parameter_shapes(config)
+    weights.write(tmp_path / "model.bin", config, shapes, ((name, array.astype(np.float32)) for name, array in values))
+    tokenizer.write(tmp_path / "ids.bin", [b"a"] * 101, 0)
+    generate = ("generate", "--model", "model.bin", "--tokenizer", "ids.bin", "--target", "cuda", "--arch", "sm_80")
+    nowhere = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "NVCC": "/nowhere/nvcc"}
+    assert "NVCC" in fails(1, *generate, cwd=tmp_path, env=nowhere)
+    (source,) = (tmp_path / "cache").rglob("*.cu")
+    assert source.parent.name.endswith("-sm_80-bf16")
+    assert "is for target cuda" in fails(1, "generate", "--model", "model.bin", "--arch", "sm_80", cwd=tmp_path)
+    assert "fp8" in fails(1, *generate, "--precision", "fp8", cwd=tmp_path)

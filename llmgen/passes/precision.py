@@ -2,8 +2,8 @@
 
 - Working weights and activations are bf16, and so are their gradients.
 - The residual stream and its gradient are bf16 or float32, as the config says.
-- Statistics (mean, rstd, lse), losses, constants and the gradients of parameters stay float32, and the logits that decode leaves.
-- Its cache of keys and values is bf16.
+- Statistics (mean, rstd, lse), losses, constants and the gradients of parameters stay float32.
+- Generation: the cache of keys and values is bf16, the logits are float32.
 - Matrix products take bf16 operands: where one is float32, a copy converts it.
 """
 
