@@ -967,9 +967,9 @@ __global__ void __launch_bounds__(32 * FEW_WARPS)
         const uint4 b = there && at < c ? *(const uint4 *)(w + at) : zero;
         const uint4 l = g < n && at < c ? *(const uint4 *)(low + at) : zero;
         const uint4 h = g + 8 < n && at < c ? *(const uint4 *)(high + at) : zero;
-        const uint32_t a[2][4] = {{l.x, h.x, l.y, h.y}, {l.z, h.z, l.w, h.w}};
-        mma_bf16(sum, a[0], b.x, b.y);
-        mma_bf16(sum, a[1], b.z, b.w);
+        const uint32_t half[4] = {l.x, h.x, l.y, h.y}, other[4] = {l.z, h.z, l.w, h.w};
+        mma_bf16(sum, half, b.x, b.y);
+        mma_bf16(sum, other, b.z, b.w);
     }
     for (int i = 0; i < 4; i++) sums[warp][g + i / 2 * 8][thread % 4 * 2 + i % 2] = sum[i];
     __syncthreads();
