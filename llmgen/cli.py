@@ -115,12 +115,18 @@ def build(out, no_compile, generate, **choices):
     """Renders and compiles the program of a config."""
     from llmgen import program
 
+<<<<<<< HEAD
     config, target, cpu = program.config(**choices), choices["target"], choices["cpu"]
     if generate:
         built = program.build_generation(config, target, cpu, out, compile=not no_compile)
     else:
         arch = program.machine(config, choices["arch"], choices["tuned"])
         built = program.build(config, target, cpu, arch, out, compile=not no_compile)
+=======
+    make = program.build_generation if generate else program.build
+    where = (choices["target"], choices["cpu"], choices["arch"])
+    built = make(program.config(**choices), *where, out, compile=not no_compile)
+>>>>>>> gencu
     click.echo(built.source)
     click.echo(built.compile_line)
     if not no_compile:
@@ -161,14 +167,18 @@ def run(out, flags, **choices):
 @click.option("--seed", type=int, metavar="N", help="Of what is drawn.")
 @click.option("--batch", type=int, metavar="N", help="Prompts that are worked on side by side; 16 unless said.")
 @click.option("--quiet", is_flag=True, help="Prints what is generated, without prompts and figures.")
+@click.option("--target", type=click.Choice(["c", "cuda"]), default="c", show_default=True)
+@click.option("--precision", metavar="P", help="With target cuda bf16, unless fp32 is said.")
 @click.option("--cpu", default="native", show_default=True, metavar="P", help="Processor profile of the C.")
+@click.option("--arch", metavar="A", help="GPU architecture of the .cu.")
 @click.option("--out", metavar="DIR", help="The folder for source and program, instead of the cache.")
-def generate(model, prompts, prompts_file, tokenizer, cpu, out, quiet, **values):
+def generate(model, prompts, prompts_file, tokenizer, target, precision, cpu, arch, out, quiet, **values):
     """Goes on from prompts with a model: builds the program for it if needed, and runs it."""
-    from llmgen.generate import generate
+    from llmgen.generate import Machine, generate
 
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-    sys.exit(generate(model, prompts, prompts_file, tokenizer, cpu, out, [*flags, *["--quiet"] * quiet]))
+    machine = Machine(target, precision, cpu, arch)
+    sys.exit(generate(model, prompts, prompts_file, tokenizer, machine, out, [*flags, *["--quiet"] * quiet]))
 
 
 @cli.command("export-tokens")

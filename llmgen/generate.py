@@ -14,12 +14,22 @@ from llmgen.formats import files, tokenizer, weights
 from llmgen.tokenization import Tokenizer
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the program is built for."""
+
+    target: str = "c"
+    precision: str | None = None  # bf16 for a GPU and fp32 for a processor, where nothing is said
+    cpu: str = "native"  # as --cpu says, for target c
+    arch: str | None = None  # as --arch says, for target cuda
+
+
 def generate(
     model: str,
     prompts: Sequence[str],
     prompts_file: str | None,
     tokenizer_name: str | None,
-    cpu: str,
+    machine: Machine,
     out: str | None,
     flags: Sequence[str],
 ) -> int:
@@ -28,19 +38,25 @@ def generate(
     tokenizer_name: as `--tokenizer` has it; None takes the one that the size of the vocabulary says. flags: of the program.
     Raises UserError.
     """
-    config = config_of(model)
+    config = config_of(model, machine)
     texts = [*prompts, *(_lines(prompts_file) if prompts_file else ())]
     if prompts_file and not texts:
         raise UserError(f"{prompts_file}: no prompt; write one a line")
     with tempfile.TemporaryDirectory(prefix="llmgen-") as folder:
         given = ["--load", os.path.abspath(model), *_encoded(config, texts, tokenizer_name, Path(folder)), *flags]
-        built = program.build_generation(config, "c", cpu, out or program.cached_folder(config, cpu))
+        where = (machine.target, machine.cpu, machine.arch)
+        built = program.build_generation(config, *where, out or program.cached_folder(config, *where))
         return runner.run(built.program, given, follow=False)
 
 
-def config_of(model: str) -> Config:
-    """What a weights file says of itself, under a name that depends on that alone. Raises UserError."""
-    config = configs.from_tables("weights", weights.config_tables(model), model)
+def config_of(model: str, machine: Machine) -> Config:
+    """What a weights file says of itself, for a machine, under a name that depends on that alone. Raises UserError."""
+    if machine.arch and machine.target == "c":
+        raise UserError(f"--arch {machine.arch} is for target cuda; --cpu chooses the processor of target c")
+    precision = machine.precision or {"c": "fp32", "cuda": "bf16"}[machine.target]
+    tables = weights.config_tables(model)
+    tables["program"] = {**tables.get("program", {}), "precision": precision}
+    config = configs.from_tables("weights", tables, model, machine.target)
     return dataclasses.replace(config, name=f"{config.family}-{generation.hash_of(config)}")
 
 

@@ -1,6 +1,7 @@
 """The plan of the program that generates: what `llmgen.plan` is for the one that trains, for the function `decode` alone.
 
-It depends on the family and `[model]`, the target and the processor; what the config says of training does not matter.
+It depends on the family and `[model]`, the target and what it is compiled for, and on a GPU on the precision; what the config
+says of training does not matter.
 """
 
 import hashlib
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 
 from llmgen import cpu, memory, passes
 from llmgen.config import Config
-from llmgen.errors import UserError
+from llmgen.cuda import architecture, attention
+from llmgen.cuda.architecture import Architecture
 from llmgen.graph import ITEM_SIZE, Dim, Graph, Tensor
+from llmgen.memory import aligned, stride_values
 from llmgen.models import transformer
 from llmgen.plan import (
     ALIGNMENT,
@@ -42,13 +45,13 @@ class State:
 class GenerationPlan:
     config: Config
     target: str
-    profile: cpu.Profile
+    profile: cpu.Profile | Architecture  # what the source is written for
     graph: Graph
     parameters: tuple[Parameter, ...]
     parameter_values: int  # values of the flat buffer, alignment included
     decode: FunctionPlan
     states: tuple[State, ...]
-    thread_scratch: int  # values for each thread
+    thread_scratch: int  # values for each thread; on a GPU, floats of the kernel that runs
     sizes: tuple[tuple[str, int, str], ...]  # name, value, comment: the enum at the top of the source
     reals: tuple[tuple[str, float, str], ...]
     tables: tuple[Table, ...]
@@ -78,16 +81,24 @@ class GenerationPlan:
     def constant_values(self) -> int:
         return sum(table.values for table in self.tables)
 
+    @property
+    def item_size(self) -> int:
+        """Bytes of a value: of the parameters, and of the cache."""
+        return ITEM_SIZE[self.parameters[0].tensor.dtype]
 
-def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> GenerationPlan:
-    """Plan the generation program of a config. profile: a name of `llmgen.cpu`. Raises UserError if it cannot be built."""
-    if target != "c":
-        raise UserError("the program that generates is not built for target cuda yet; use --target c")
-    alignment, machine, model = ALIGNMENT[target], cpu.resolve(profile), config.model
+
+def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: str | None = None) -> GenerationPlan:
+    """Plan the generation program of a config. profile: a name of `llmgen.cpu`, for target c; arch: as --arch says, for cuda.
+
+    Raises UserError if it cannot be built.
+    """
+    alignment, model = ALIGNMENT[target], config.model
+    machine = cpu.resolve(profile) if target == "c" else architecture.portable(arch, config.program.precision)
     graph = passes.for_target(transformer.build_generation(config), target, 0, config.program)
     parameters = parameter_table(config, graph, alignment)
     decode = memory.with_copies(graph.function("decode"))
     room, context = transformer.cached_tokens(config), transformer.context_tokens(config)
+    whole = "whole registers" if target == "c" else f"a multiple of {transformer.CACHE_MULTIPLE}"
     sizes = (
         *model_sizes(config),
         (
@@ -95,11 +106,17 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Gener
             context,
             "tokens of a sequence, prompt included" + (", whatever MAXT" if context < model.max_seq_len else ""),
         ),
-        ("CACHE", room, "the same, in the cache: rounded up to whole registers"),
+        ("CACHE", room, f"the same, in the cache: rounded up to {whole}"),
         ("PIECE", decode.inputs[0].shape[0].size, "tokens that decode takes at most: a longer prompt goes in several pieces"),
         ("SEQUENCES", transformer.DECODED_ROWS, "sequences that are generated side by side, at most"),
-        *cpu.generation_constants(machine, linears=linears(graph), cached_tokens=room),
     )
+    if target == "c":
+        kernel_sizes = cpu.generation_constants(machine, linears=linears(graph), cached_tokens=room)
+        scratch = next(value for name, value, _ in kernel_sizes if name == "THREAD_SCRATCH")
+    else:
+        kernel_sizes = [("CACHE_PARTS", attention.cache_parts(room), "of a sequence, that blocks attend to side by side")]
+        scratch = attention.cached_scratch_bytes(transformer.DECODED_ROWS, room, model.num_heads, model.head_size)
+        scratch = aligned(scratch, alignment) // 4
     return GenerationPlan(
         config=config,
         target=target,
@@ -108,9 +125,9 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Gener
         parameters=tuple(parameters),
         parameter_values=parameters[-1].offset + parameters[-1].stride * parameters[-1].layers,
         decode=function_plan(decode, memory.layout(decode, alignment), parameters, target),
-        states=_states(graph),
-        thread_scratch=next(value for name, value, _ in sizes if name == "THREAD_SCRATCH"),
-        sizes=sizes,
+        states=_states(graph, alignment),
+        thread_scratch=scratch,
+        sizes=(*sizes, *kernel_sizes),
         reals=(("NORM_EPSILON", model.norm_epsilon, "added to the variance in a norm"),),
         tables=tables(graph, alignment),
         fillers=fillers(graph),
@@ -118,22 +135,26 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3") -> Gener
     )
 
 
-def _states(graph: Graph) -> tuple[State, ...]:
-    """One behind the other. (Every layer of them is a whole number of cache lines: see `transformer.CACHE_MULTIPLE`.)"""
+def _states(graph: Graph, alignment: int) -> tuple[State, ...]:
+    """One behind the other."""
     written = {t.name: t for op in graph.function("decode").ops() for t in op.outputs.values() if t.role == "state"}
     states, offset = [], 0
     for t in written.values():
-        assert t.bytes % ALIGNMENT["c"] == 0, t
-        states.append(State(t.name, t.stacked, offset, t.bytes // ITEM_SIZE[t.dtype] * t.layers.size))
+        states.append(State(t.name, t.stacked, offset, stride_values(t.bytes, t.dtype, alignment) * t.layers.size))
         offset += states[-1].values
     return tuple(states)
 
 
-def stated(config: Config) -> dict:
-    """What decides the program: family and [model], without what follows from the family."""
-    return {"family": config.family, "model": config.stated()["model"]}
+def stated(config: Config, target: str = "c") -> dict:
+    """What decides the program: family and [model], without what follows from the family; on a GPU the number formats."""
+    said = config.stated()
+    tables = {"family": config.family, "model": said["model"]}
+    if target == "cuda":
+        formats = ("precision", "residual_precision")
+        tables["program"] = {name: said["program"][name] for name in formats if name in said["program"]}
+    return tables
 
 
-def hash_of(config: Config) -> str:
+def hash_of(config: Config, target: str = "c") -> str:
     """Eight hex digits that change when anything does that the program depends on."""
-    return hashlib.sha256(json.dumps(stated(config), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(stated(config, target), sort_keys=True).encode()).hexdigest()[:8]

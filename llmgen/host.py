@@ -36,12 +36,12 @@ def context(config: Config) -> dict:
     }
 
 
-def generation_context(config: Config) -> dict:
+def generation_context(config: Config, target: str) -> dict:
     """Template variables of the program that generates."""
     return {
         "program": f"generate_{config.family}",
         "trains": False,
-        "version": json.dumps(f"{config.name}, configuration {generation.hash_of(config)}"),
+        "version": json.dumps(f"{config.name}, configuration {generation.hash_of(config, target)}"),
         "rebuild": "build one for it with llmgen generate --model",
         **_shared(config, flags.GENERATION_FLAGS),
     }

@@ -8,6 +8,8 @@ from llmgen.config import ModelConfig
 from llmgen.cpu import Profile
 from llmgen.cuda import attention, products
 from llmgen.cuda.architecture import Architecture
+from llmgen.generation import GenerationPlan
+from llmgen.models import transformer
 from llmgen.plan import Plan
 
 # What ops are made of; the products' epilogue uses gelu. On Hopper some things are added, and some take the place of others.
@@ -26,6 +28,8 @@ def templates(
 ) -> list[str]:
     """Template names in the order of the source, for the op templates in the order of their first use."""
     prelude, names = list(PRELUDE[target]), list(ops)
+    if target == "cuda" and "cached_attention" in names:
+        names.insert(names.index("cached_attention"), "attention")  # what the cache's kernels for prompts are made of
     if uses_wgmma(machine, precision):
         prelude[1:1] = ["cuda/ptx_sm90.j2", "cuda/tensor_map.j2"]
         prelude.append("cuda/gemm_sm90.j2")
@@ -38,10 +42,12 @@ def uses_wgmma(machine: Profile | Architecture | None, precision: str) -> bool:
     return isinstance(machine, Architecture) and machine.is_hopper and precision == "bf16"
 
 
-def gpu_options(plan: Plan) -> dict:
+def gpu_options(plan: Plan | GenerationPlan) -> dict:
     """What the CUDA templates choose by besides: number formats and the architecture."""
     program, machine = plan.config.program, plan.profile
     shapes, wgmma = products.shapes(plan.graph), uses_wgmma(machine, program.precision)
+    if isinstance(plan, GenerationPlan):  # few rows have a kernel of their own
+        shapes = [s for s in shapes if s.n > transformer.DECODED_ROWS or not s.aligned(program.precision)]
     return {
         "precision": program.precision,
         "residual": program.residual_precision if program.precision == "bf16" else "fp32",

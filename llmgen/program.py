@@ -96,20 +96,24 @@ def build(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
     return _build(f"train_{config.family}", render.source(made), made, folder(config, out), compile)
 
 
-def build_generation(config, target, cpu, out, *, compile: bool = True) -> Built:
+def build_generation(config, target, cpu, arch, out, *, compile: bool = True) -> Built:
     """The same for the program that generates."""
     from llmgen import generation, render
 
-    made = generation.make(config, target, cpu)
+    made = generation.make(config, target, cpu, arch)
     return _build(f"generate_{config.family}", render.generation(made), made, folder(config, out), compile)
 
 
-def cached_folder(config: Config, cpu: str) -> Path:
-    """Where a program that generates is kept: one for each model's shape and processor."""
+def cached_folder(config: Config, target: str, cpu: str, arch: str | None) -> Path:
+    """Where a program that generates is kept: one for each model's shape and processor. Raises UserError."""
     from llmgen import cpu as processors
     from llmgen import data
+    from llmgen.cuda import architecture
 
-    return data.default_cache() / "generate" / f"{config.name}-{processors.resolve(cpu).name}"
+    where, precision = data.default_cache() / "generate", config.program.precision
+    if target == "c":
+        return where / f"{config.name}-{processors.resolve(cpu).name}"
+    return where / f"{config.name}-{architecture.portable(arch, precision).name}-{precision}"
 
 
 def _build(name: str, text: str, made: Plan | GenerationPlan, where: Path, compile: bool) -> Built:

@@ -15,6 +15,7 @@ from llmgen.generation import GenerationPlan
 from llmgen.plan import C_TYPES, Call, FunctionPlan, Parameter, Plan, c_float
 
 TEMPLATES = {"c": "train.c.j2", "cuda": "train.cu.j2"}
+GENERATION_TEMPLATES = {"c": "generate.c.j2", "cuda": "generate.cu.j2"}
 WIDTH = 120  # columns of the generated source
 
 
@@ -83,32 +84,36 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
 
 
 def generation(plan: GenerationPlan) -> str:
-    """The whole source of the program that generates. It depends on family and [model], the target and the CPU profile."""
+    """The whole source of the program that generates. It depends on `generation.stated`, the target and the machine."""
     config, name = plan.config, f"generate_{plan.config.family}"
+    value = "float" if plan.target == "c" else "floatX"
     context = {
-        **host.generation_context(config),
+        **host.generation_context(config, plan.target),
         "sizes": [(f"{name} = {value},", comment) for name, value, comment in plan.sizes],
         "target": plan.target,
-        "parameter_members": [(f"float *{p.name};", f"({p.shape})") for p in plan.parameters],
-        "state_members": [(f"float *{s.name};", f"({', '.join(map(str, s.shape))})") for s in plan.states],
+        "value": value,
+        "parameter_members": [(f"{value} *{p.name};", f"({p.shape})") for p in plan.parameters],
+        "state_members": [(f"{value} *{s.name};", f"({', '.join(map(str, s.shape))})") for s in plan.states],
         "activation_members": _buffer_members(plan.decode),
         "table_members": [(f"float *{t.name};", f"({', '.join(map(str, t.shape))})") for t in plan.tables],
         "plan": plan,
         "title": families.TITLES[config.family],
         "config": config,
-        "stated": generations.stated(config),
-        "hash": generations.hash_of(config),
+        "stated": generations.stated(config, plan.target),
+        "hash": generations.hash_of(config, plan.target),
         "model": config.model,
         "compile_line": toolchain.compile_line(name, plan.target, plan.profile),
         "options": kernels.options(config.model, cached=True),
-        "model_template": "c/generate_model.j2",
+        "model_template": f"{plan.target}/generate_model.j2",
         "weights_memory": "params_memory",
         "kernel_templates": kernels.templates(plan.templates, plan.target, plan.profile),
         "letters": characters.LETTERS,
         "numbers": characters.NUMBERS,
         "spaces": characters.SPACES,
     }
-    return _rendered("generate.c.j2", plan, context)
+    if plan.target == "cuda":
+        context["options"] |= kernels.gpu_options(plan)
+    return _rendered(GENERATION_TEMPLATES[plan.target], plan, context)
 
 
 def tuner(function: str, machine: Architecture, config: Config, products: dict) -> str:

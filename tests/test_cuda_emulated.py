@@ -41,6 +41,8 @@ def build(config: configs.Config, folder: Path, arch: str = "sm_80") -> Path:
     ids=lambda overrides: " ".join(f"{key}={value}" for key, value in overrides.items()) or "small",
 )
 def test_a_program_is_verified(overrides, arch):
+    if arch == "sm_90a" and overrides.get("precision") == "fp32":
+        pytest.skip("in float32 Hopper has the kernels of sm_80")
     lines: list[str] = []
     passed = verify.verify(small(**overrides), lambda config, folder: build(config, folder, arch), lines.append)
     assert passed, "\n".join(lines)

@@ -45,7 +45,10 @@ def test_a_source_reads_as_if_written_by_hand(path):
     lines = text.split("\n")
     assert not re.search(r"{{|{%|{#|%}|\t| \n|\n\n\n\n", text), "traces of a template"
     assert max(map(len, lines)) <= 128
-    assert len(lines) <= {"train_gpt2.c": 2800, "train_gpt2.cu": 4000, "generate_gpt2.c": 1800}[path.name]
+    assert (
+        len(lines)
+        <= {"train_gpt2.c": 2800, "train_gpt2.cu": 4000, "generate_gpt2.c": 1800, "generate_gpt2.cu": 2400}[path.name]
+    )
     assert text.startswith(f"/* {path.name}: ") and text.isascii()
 
 

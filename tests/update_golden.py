@@ -13,6 +13,7 @@ GOLDEN = {  # path -> preset, target, --cpu or --arch
     FOLDER / "train_gpt2.c": ("gpt2-124m", "c", "x86-64-v3"),
     FOLDER / "train_gpt2.cu": ("gpt2-124m", "cuda", "sm_80"),
     FOLDER / "generate_gpt2.c": ("gpt2-124m", "c", "x86-64-v3"),
+    FOLDER / "generate_gpt2.cu": ("gpt2-124m", "cuda", "sm_80"),
 }
 
 
@@ -20,7 +21,7 @@ def rendered(path: Path) -> str:
     """What the committed source should be."""
     name, target, machine = GOLDEN[path]
     if path.name.startswith("generate"):
-        return render.generation(generation.make(config.load(name, target=target), target, machine))
+        return render.generation(generation.make(config.load(name, target=target), target, machine, machine))
     return render.source(plan.make(config.load(name, target=target), target, machine, machine))
 
 

@@ -1114,15 +1114,15 @@ static int piece_length(const char *text, int n) {
     const int lead = text[0] == ' ' && n > 1;
     int at = lead, last = 0;
     read_character(text + at, n - at, &character);
-    const Class class = class_of(character);
-    if (class == SPACE) at = 0;
+    const Class sort = class_of(character);
+    if (sort == SPACE) at = 0;
     while (at < n) {
         const int bytes = read_character(text + at, n - at, &character);
-        if (class_of(character) != class) break;
+        if (class_of(character) != sort) break;
         last = at;
         at += bytes;
     }
-    return class == SPACE && at < n && last > 0 ? last : at;  /* the last white space goes with what follows */
+    return sort == SPACE && at < n && last > 0 ? last : at;  /* the last white space goes with what follows */
 }
 
 /* Finds tokens by their bytes: a table of twice their number or more, a power of two, with open addressing. */

@@ -88,6 +88,12 @@ def resolve(arch: str | Architecture | None, precision: str) -> Architecture:
     return Architecture(names)
 
 
+def portable(arch: str | None, precision: str) -> Architecture:
+    """The same for a source without Hopper's own kernels: sm_90 in place of sm_90a. Raises UserError."""
+    found = resolve(arch, precision)
+    return Architecture(("sm_90",)) if found.is_hopper else found
+
+
 def present() -> str | None:
     """The architecture of the first GPU here, or None."""
     found = re.match(r"(\d+)\.(\d+)", _asked("compute_cap"))

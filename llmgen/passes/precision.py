@@ -3,6 +3,7 @@
 - Working weights and activations are bf16, and so are their gradients.
 - The residual stream and its gradient are bf16 or float32, as the config says.
 - Statistics (mean, rstd, lse), losses, constants and the gradients of parameters stay float32.
+- Generation: the cache of keys and values is bf16, the logits are float32.
 - Matrix products take bf16 operands: where one is float32, a copy converts it.
 """
 
@@ -37,11 +38,16 @@ def _function(function: Function, parameters: dict[str, Tensor], residual: str) 
     def typed(t: Tensor) -> Tensor:
         if t.role == "parameter":
             return parameters[t.name]
+        if t.role == "state":
+            return _as(t, "bf16")
         if t.role not in ("activation", "output") or t.name in fixed:
             return t
         return _as(t, residual if t.name in stream else "bf16")
 
     fixed = {t.name for op in function.ops() for name, t in op.outputs.items() if name in FLOAT32 or t.dtype == "i32"}
+    if function.name == "decode":  # tokens are drawn from its outputs
+        fixed |= {t.name for t in function.outputs}
+        fixed |= {op.inputs["inp"].name for op in function.ops() if op.kind is ops.SOFTCAP}
     segments = []
     for segment in function.segments:
         made = [
