@@ -115,18 +115,10 @@ def build(out, no_compile, generate, **choices):
     """Renders and compiles the program of a config."""
     from llmgen import program
 
-<<<<<<< HEAD
-    config, target, cpu = program.config(**choices), choices["target"], choices["cpu"]
-    if generate:
-        built = program.build_generation(config, target, cpu, out, compile=not no_compile)
-    else:
-        arch = program.machine(config, choices["arch"], choices["tuned"])
-        built = program.build(config, target, cpu, arch, out, compile=not no_compile)
-=======
+    config = program.config(**choices)
     make = program.build_generation if generate else program.build
-    where = (choices["target"], choices["cpu"], choices["arch"])
-    built = make(program.config(**choices), *where, out, compile=not no_compile)
->>>>>>> gencu
+    arch = program.machine(config, choices["arch"], choices["tuned"])
+    built = make(config, choices["target"], choices["cpu"], arch, out, compile=not no_compile)
     click.echo(built.source)
     click.echo(built.compile_line)
     if not no_compile:
