@@ -210,20 +210,8 @@ def compiled(config: configs.Config, folder: Path) -> program.Built:
 
 
 def test_the_commands(tmp_path):
-    build = (
-        "build",
-        "--config",
-        "gpt2-nano",
-        "--generate",
-        "--target",
-        "cuda",
-        "--arch",
-        "sm_80",
-        "--no-compile",
-        "--out",
-        "a",
-    )
-    lines = succeeds(*build, cwd=tmp_path)
+    on_gpu = ("--target", "cuda", "--arch", "sm_80")
+    lines = succeeds("build", "--config", "gpt2-nano", "--generate", *on_gpu, "--no-compile", "--out", "a", cwd=tmp_path)
     assert lines[0] == "a/generate_gpt2.cu" and lines[1].endswith("-arch=sm_80 generate_gpt2.cu -o generate_gpt2cu")
     assert "bfloat16" in (tmp_path / "a" / "generate_gpt2.cu").read_text().split("\n")[0]
 
@@ -232,7 +220,7 @@ def test_the_commands(tmp_path):
     shapes = models.parameter_shapes(config)
     weights.write(tmp_path / "model.bin", config, shapes, ((name, array.astype(np.float32)) for name, array in values))
     tokenizer.write(tmp_path / "ids.bin", [b"a"] * 101, 0)
-    generate = ("generate", "--model", "model.bin", "--tokenizer", "ids.bin", "--target", "cuda", "--arch", "sm_80")
+    generate = ("generate", "--model", "model.bin", "--tokenizer", "ids.bin", *on_gpu)
     nowhere = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "NVCC": "/nowhere/nvcc"}
     assert "NVCC" in fails(1, *generate, cwd=tmp_path, env=nowhere)
     (source,) = (tmp_path / "cache").rglob("*.cu")

@@ -1293,19 +1293,21 @@ static void prompt_attention(floatX *out, const floatX *qkv,           /* (n, C)
  *
  * Of each sequence and layer: keys and values (NH, CACHE, HS). From one sequence to the next are CACHED_VALUES values.
  * For a few tokens of any sequences, as generation has them, a sequence is cut in parts of PART_KEYS keys. A block has one
- * part, one token and one of its heads. It leaves a sum of values, the largest score and the sum of the probabilities
- * in scratch; then a second kernel adds the parts up in their order. What comes
- * out depends neither on what else is computed nor on when.
+ * part, one token and one of its heads. It leaves a sum of values, the largest score and the sum of the probabilities in
+ * scratch; then a second kernel adds the parts up in their order. What comes out depends neither on what else is computed
+ * nor on when.
  */
 
 enum {
-    PART_KEYS = 128, /* a thread of a block has the score of one */
-    QUERY_HEADS = 1,
-    CACHE_WIDTH = pack_width(HS),
-    CACHE_PACKS = HS / CACHE_WIDTH, /* of a head */
-    PACKS_AT_ONCE = CACHE_PACKS < PART_KEYS ? CACHE_PACKS : PART_KEYS, /* a thread sums one of them */
-    KEY_GROUPS = PART_KEYS / PACKS_AT_ONCE,                            /* over one of so many groups of keys */
+    PART_KEYS = 128,      /* a thread of a block has the score of one */
     PART_VALUES = HS + 2, /* that a part leaves: sums of values, largest score, sum of probabilities */
+    QUERY_HEADS = 1,
+
+    /* To sum values, a thread has a pack of channels and one of KEY_GROUPS groups of keys. */
+    CACHE_WIDTH = pack_width(HS),
+    CACHE_PACKS = HS / CACHE_WIDTH,
+    PACKS_AT_ONCE = CACHE_PACKS < PART_KEYS ? CACHE_PACKS : PART_KEYS,
+    KEY_GROUPS = PART_KEYS / PACKS_AT_ONCE,
 };
 
 /* Puts the keys and values of n tokens where they stand: token i at positions[i] of sequence sequences[i]. */
@@ -1410,7 +1412,8 @@ __global__ void __launch_bounds__(PART_KEYS) cached_attention_kernel(float *part
 }
 
 /* out (n, C): the parts that a token sees, rescaled to the largest score of all. A block has one head. */
-__global__ void __launch_bounds__(PART_KEYS) add_parts_kernel(floatX *out, const float *parts, const int *positions) {
+__global__ void __launch_bounds__(PART_KEYS)
+    add_parts_kernel(floatX *out, const float *parts, const int *positions) {
     const int row = (int)blockIdx.x / NH, head = (int)blockIdx.x % NH, position = positions[row];
     const float *begin = parts + ((size_t)blockIdx.x * CACHE_PARTS) * PART_VALUES;
     const float *end = parts + ((size_t)blockIdx.x * CACHE_PARTS + position / PART_KEYS + 1) * PART_VALUES;
