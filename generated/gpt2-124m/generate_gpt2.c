@@ -81,6 +81,7 @@ enum {
     KC = 512,                 /* summed at a time: MR rows of the left operand take 12 KiB of L1 */
     NC = 192,                 /* columns packed at a time: KC x NC takes 384 KiB of L2 */
     MC = 252,                 /* rows of a block of out */
+    SHORT_PANEL = 8192,       /* floats of a panel that stays in L1 while the rows go by */
     PACKING = 32,             /* packing one value takes as long as so many multiply-adds */
     FEW_ROWS = 16,            /* up to so many rows, a product reads its weight where it lies */
     TEAM_PRODUCTS = 262144,   /* multiply-adds that are worth waking the other threads for */
@@ -321,6 +322,8 @@ static void check_bytes(int64_t found, int64_t expected, const char *path) {
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int veci __attribute__((vector_size(4 * W)));
 typedef float vec_any __attribute__((vector_size(4 * W), aligned(4), may_alias)); /* at the address of any float */
+typedef float quad __attribute__((vector_size(16))); /* four floats, whatever W is */
+typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE vec load(const float *p) { return *(const vec_any *)p; }
 INLINE void store(float *p, vec v) { *(vec_any *)p = v; }
@@ -355,17 +358,21 @@ INLINE vec keep_upto(vec v, int n) {
 INLINE float reduce_add(vec v) {
     float part[W];
     store(part, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    quad sum = *(const quad_any *)part;
+    for (int i = 4; i < W; i += 4) sum += *(const quad_any *)(part + i);
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
 }
 
 INLINE float reduce_max(vec v) {
-    float part[W];
+    float part[W], most[4];
     store(part, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-    return part[0];
+    for (int i = 0; i < 4; i++) {
+        most[i] = part[i];
+        for (int j = i + 4; j < W; j += 4) most[i] = most[i] > part[j] ? most[i] : part[j];
+    }
+    most[0] = most[0] > most[1] ? most[0] : most[1];
+    most[2] = most[2] > most[3] ? most[2] : most[3];
+    return most[0] > most[2] ? most[0] : most[2];
 }
 
 /* exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where exp(r) = 1 + r + r^2 * polynomial(r).
@@ -417,6 +424,7 @@ static void gelu_row(float *out, const float *inp, int n) {
  *   L3         a block of out and of the left: MC rows       MC
  *
  * Tiles follow one another along the rows of out, so that out is written front to back.
+ * Only where a panel is short enough to stay in L1 do they follow one another down its columns.
  *
  * Each thread computes its own rectangle of out from what it packs itself: there is nothing to wait for but the end. Each
  * element is summed by one thread in one order of k, so results do not depend on the number of threads. */
@@ -515,9 +523,6 @@ INLINE void any_tile(float *out, size_t ld, int rows, int cols, Operand a, const
 
 /* ---- packing ----------------------------------------------------------------------------------------------------- */
 
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
-
 /* Elements of a (0 to 3) and b (4 to 7). Written as {a[0], b[0], ...}, gcc would load them one by one. */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -609,15 +614,18 @@ static void matmul(float *out, Operand a, Operand b, Epilogue then, int m, int n
                     const int end = top + cut(bottom - top, MR, blocks, block + 1);
                     const Operand rows = {a.data + (size_t)begin * a.lane + (size_t)k0 * a.step, a.lane, a.step};
                     const size_t panel = MR * a.lane;
-                    for (int i = begin; i < end; i += MR)
-                        for (int j = left; j < right; j += NR) {
-                            const size_t at = (size_t)i * ld + (size_t)j;
-                            const Operand these = {rows.data + (size_t)((i - begin) / MR) * panel, rows.lane, rows.step};
-                            const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
-                            any_tile(out + at, ld, least(MR, end - i), least(NR, right - j), these,
-                                     packed_b + (size_t)((j - left) / NR) * panel_b, kc, addend,
-                                     then.bias && depth == 0 ? then.bias + j : NULL);
-                        }
+                    const int down = parts_of(end - begin, MR), across = parts_of(right - left, NR);
+                    for (int t = 0; t < down * across; t++) {
+                        const int row = kc * NR <= SHORT_PANEL ? t % down : t / across;
+                        const int column = kc * NR <= SHORT_PANEL ? t / down : t % across;
+                        const int i = begin + row * MR, j = left + column * NR;
+                        const size_t at = (size_t)i * ld + (size_t)j;
+                        const Operand these = {rows.data + (size_t)row * panel, rows.lane, rows.step};
+                        const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
+                        any_tile(out + at, ld, least(MR, end - i), least(NR, right - j), these,
+                                 packed_b + (size_t)column * panel_b, kc, addend,
+                                 then.bias && depth == 0 ? then.bias + j : NULL);
+                    }
                     for (int i = begin; then.gelu && depth == depths - 1 && i < end; i++)
                         gelu_row(then.gelu + (size_t)i * ld + left, out + (size_t)i * ld + left, right - left);
                 }

@@ -96,6 +96,7 @@ enum {
     NC_BOTH = 768,            /* the same as NC there */
     A_PANEL = 1552,           /* floats from one packed panel of MR rows to the next */
     PACKED_A = 65184,         /* floats of the packed left operand; those of the right one follow */
+    SHORT_PANEL = 8192,       /* floats of a panel that stays in L1 while the rows go by */
     PACKING = 32,             /* packing one value takes as long as so many multiply-adds */
     FEW_ROWS = 16,            /* up to so many rows, a product reads its weight where it lies */
     TEAM_PRODUCTS = 262144,   /* multiply-adds that are worth waking the other threads for */
@@ -476,6 +477,8 @@ static void write_logits(const float *logits, int rows) {  /* (rows, VP), of whi
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int veci __attribute__((vector_size(4 * W)));
 typedef float vec_any __attribute__((vector_size(4 * W), aligned(4), may_alias)); /* at the address of any float */
+typedef float quad __attribute__((vector_size(16))); /* four floats, whatever W is */
+typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE vec load(const float *p) { return *(const vec_any *)p; }
 INLINE void store(float *p, vec v) { *(vec_any *)p = v; }
@@ -510,17 +513,21 @@ INLINE vec keep_upto(vec v, int n) {
 INLINE float reduce_add(vec v) {
     float part[W];
     store(part, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    quad sum = *(const quad_any *)part;
+    for (int i = 4; i < W; i += 4) sum += *(const quad_any *)(part + i);
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
 }
 
 INLINE float reduce_max(vec v) {
-    float part[W];
+    float part[W], most[4];
     store(part, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-    return part[0];
+    for (int i = 0; i < 4; i++) {
+        most[i] = part[i];
+        for (int j = i + 4; j < W; j += 4) most[i] = most[i] > part[j] ? most[i] : part[j];
+    }
+    most[0] = most[0] > most[1] ? most[0] : most[1];
+    most[2] = most[2] > most[3] ? most[2] : most[3];
+    return most[0] > most[2] ? most[0] : most[2];
 }
 
 /* exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where exp(r) = 1 + r + r^2 * polynomial(r).
@@ -616,6 +623,7 @@ static void gelu_grad_row(float *out, const float *inp, int n) { /* out *= gelu'
  *
  * Tiles follow one another along the rows of out, so that out is written front to back: where it is large (the gradient of
  * the token embedding) that counts for more than anything else.
+ * Only where a panel is short enough to stay in L1 do they follow one another down its columns.
  *
  * Each thread computes its own rectangle of out from what it packs itself: there is nothing to wait for but the end. Each
  * element is summed by one thread in one order of k, so results do not depend on the number of threads. */
@@ -714,9 +722,6 @@ INLINE void any_tile(float *out, size_t ld, int rows, int cols, Operand a, const
 
 /* ---- packing ----------------------------------------------------------------------------------------------------- */
 
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
-
 /* Elements of a (0 to 3) and b (4 to 7). Written as {a[0], b[0], ...}, gcc would load them one by one. */
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -754,18 +759,18 @@ static void pack_transposed(float *restrict panel, const float *restrict inp, si
 }
 
 /* Copies one row of lanes into panels of the given width, a constant after inlining. Vector by vector: gcc turns a small
- * memcpy into a string instruction, several times slower. */
+ * memcpy into a string instruction, several times slower. Of a width like 6, whole quads are written: what is beyond it
+ * is overwritten by the next row, or lies in the gap between panels. */
 INLINE void pack_row(float *panel, size_t stride, const float *inp, int lanes, const int width) {
-    for (; lanes >= width; lanes -= width, inp += width, panel += stride) {
+    for (; lanes >= (width + 3) / 4 * 4; lanes -= width, inp += width, panel += stride) {
         int i = 0;
 #pragma GCC unroll 4
         for (; i + W <= width; i += W) store(panel + i, load(inp + i));
 #pragma GCC unroll 4
-        for (; i + 4 <= width; i += 4) *(quad_any *)(panel + i) = *(const quad_any *)(inp + i);
-#pragma GCC unroll 4
-        for (; i < width; i++) panel[i] = inp[i];
+        for (; i < width; i += 4) *(quad_any *)(panel + i) = *(const quad_any *)(inp + i);
     }
-    for (int i = 0; lanes > 0 && i < width; i++) panel[i] = i < lanes ? inp[i] : 0.0f;
+    for (; lanes > 0; lanes -= width, inp += width, panel += stride)
+        for (int i = 0; i < width; i++) panel[i] = i < lanes ? inp[i] : 0.0f;
 }
 
 /* Fills the panels of the right operand, from the one that begins at lane first: panels[lane / NR][k][lane % NR]. A panel
@@ -833,15 +838,18 @@ static void matmul(float *out, Operand a, Operand b, Epilogue then, int m, int n
                         rows = (Operand){packed_a, 1, MR};
                         panel = A_PANEL;
                     }
-                    for (int i = begin; i < end; i += MR)
-                        for (int j = left; j < right; j += NR) {
-                            const size_t at = (size_t)i * ld + (size_t)j;
-                            const Operand these = {rows.data + (size_t)((i - begin) / MR) * panel, rows.lane, rows.step};
-                            const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
-                            any_tile(out + at, ld, least(MR, end - i), least(NR, right - j), these,
-                                     packed_b + (size_t)((j - left) / NR) * panel_b, kc, addend,
-                                     then.bias && depth == 0 ? then.bias + j : NULL);
-                        }
+                    const int down = parts_of(end - begin, MR), across = parts_of(right - left, NR);
+                    for (int t = 0; t < down * across; t++) {
+                        const int row = kc * NR <= SHORT_PANEL ? t % down : t / across;
+                        const int column = kc * NR <= SHORT_PANEL ? t / down : t % across;
+                        const int i = begin + row * MR, j = left + column * NR;
+                        const size_t at = (size_t)i * ld + (size_t)j;
+                        const Operand these = {rows.data + (size_t)row * panel, rows.lane, rows.step};
+                        const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
+                        any_tile(out + at, ld, least(MR, end - i), least(NR, right - j), these,
+                                 packed_b + (size_t)column * panel_b, kc, addend,
+                                 then.bias && depth == 0 ? then.bias + j : NULL);
+                    }
                     for (int i = begin; then.gelu && depth == depths - 1 && i < end; i++)
                         gelu_row(then.gelu + (size_t)i * ld + left, out + (size_t)i * ld + left, right - left);
                     for (int i = begin; then.pre && depth == depths - 1 && i < end; i++)
