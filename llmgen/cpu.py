@@ -172,6 +172,7 @@ def _products(profile: Profile, linears: Sequence[tuple[int, int, int]]) -> tupl
         ("NC_BOTH", nc_both, "the same as NC there"),
         ("A_PANEL", a_panel, "floats from one packed panel of MR rows to the next"),
         ("PACKED_A", packed_a, "floats of the packed left operand; those of the right one follow"),
+        ("SHORT_PANEL", 8 * KiB, "floats of a panel that stays in L1 while the rows go by"),
         ("PACKING", 32, "packing one value takes as long as so many multiply-adds"),
         ("FEW_ROWS", 16, "up to so many rows, a product reads its weight where it lies"),
         ("TEAM_PRODUCTS", 1 << 18, "multiply-adds that are worth waking the other threads for"),

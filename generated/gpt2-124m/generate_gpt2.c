@@ -81,6 +81,7 @@ enum {
     KC = 512,                 /* summed at a time: MR rows of the left operand take 12 KiB of L1 */
     NC = 192,                 /* columns packed at a time: KC x NC takes 384 KiB of L2 */
     MC = 252,                 /* rows of a block of out */
+    SHORT_PANEL = 8192,       /* floats of a panel that stays in L1 while the rows go by */
     PACKING = 32,             /* packing one value takes as long as so many multiply-adds */
     FEW_ROWS = 16,            /* up to so many rows, a product reads its weight where it lies */
     TEAM_PRODUCTS = 262144,   /* multiply-adds that are worth waking the other threads for */
@@ -317,6 +318,8 @@ static void check_bytes(int64_t found, int64_t expected, const char *path) {
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int veci __attribute__((vector_size(4 * W)));
 typedef float vec_any __attribute__((vector_size(4 * W), aligned(4), may_alias)); /* at the address of any float */
+typedef float quad __attribute__((vector_size(16))); /* four floats, whatever W is */
+typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE vec load(const float *p) { return *(const vec_any *)p; }
 INLINE void store(float *p, vec v) { *(vec_any *)p = v; }
@@ -351,24 +354,30 @@ INLINE vec keep_upto(vec v, int n) {
 INLINE float reduce_add(vec v) {
     float part[W];
     store(part, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    quad sum = *(const quad_any *)part;
+    for (int i = 4; i < W; i += 4) sum += *(const quad_any *)(part + i);
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
 }
 
 INLINE float reduce_max(vec v) {
-    float part[W];
+    float part[W], most[4];
     store(part, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-    return part[0];
+    for (int i = 0; i < 4; i++) {
+        most[i] = part[i];
+        for (int j = i + 4; j < W; j += 4) most[i] = most[i] > part[j] ? most[i] : part[j];
+    }
+    most[0] = most[0] > most[1] ? most[0] : most[1];
+    most[2] = most[2] > most[3] ? most[2] : most[3];
+    return most[0] > most[2] ? most[0] : most[2];
 }
 
 /* exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where exp(r) = 1 + r + r^2 * polynomial(r).
- * Overflow gives inf, underflow passes through the subnormals to 0, NaN stays NaN. Within 1.1 ulp. */
+ * Overflow gives inf, underflow passes through the subnormals to 0, NaN stays NaN. Within 1.1 ulp. What is surely 0, as a
+ * masked score, does not come from an underflowing product: that takes the processor more than a hundred cycles. */
 INLINE vec vexp(vec x) {
     x = blend(x > 89.0f, splat(89.0f), x);
-    x = blend(x < -104.0f, splat(-104.0f), x);
+    const veci zero = x < -104.0f;
+    x = blend(zero, (vec){0}, x);
     veci n = __builtin_convertvector(x * 0x1.715476p0f + 192.5f, veci) - 192; /* positive, so truncating rounds down */
     vec nf = __builtin_convertvector(n, vec);
     vec r = x - nf * 0x1.62e4p-1f; /* ln 2 in two parts: the product with the first is exact */
@@ -379,7 +388,7 @@ INLINE vec vexp(vec x) {
     q = q * r + 0x1.fffffcp-2f;
     vec p = r * r * q + r + 1.0f;
     veci half = n >> 1; /* 2^n in two factors, since n may lie outside the range of one exponent field */
-    return p * (vec)((half + 127) << 23) * (vec)((n - half + 127) << 23);
+    return blend(zero, (vec){0}, p * (vec)((half + 127) << 23) * (vec)((n - half + 127) << 23));
 }
 
 /* ---- GELU: x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3), which equals x / (1 + exp(-2u)) --------- */
@@ -411,6 +420,7 @@ static void gelu_row(float *out, const float *inp, int n) {
  *   L3         a block of out and of the left: MC rows       MC
  *
  * Tiles follow one another along the rows of out, so that out is written front to back.
+ * Only where a panel is short enough to stay in L1 do they follow one another down its columns.
  *
  * Each thread computes its own rectangle of out from what it packs itself: there is nothing to wait for but the end. Each
  * element is summed by one thread in one order of k, so results do not depend on the number of threads. */
@@ -429,36 +439,33 @@ static int cut(int total, int step, int parts, int p) {
     return least(total, (int)(steps * (size_t)p / (size_t)parts) * step);
 }
 
-/* The sums of one tile:  out (rows, NR) = a . panel (+ addend) (+ bias), over k steps.  rows <= MR. out and addend, which
- * may be the same, have rows of ld floats. A tile of fewer than MR rows computes its last row several times.
- *
- * Neither inlined nor unrolled over k: either way gcc spends registers on addresses, folds the loads of the panel into
- * the multiplications and so reads each of them MR times. */
-static __attribute__((noinline)) void tile(float *out, size_t ld, int rows, Operand a, const float *restrict panel, int k,
-                                           const float *addend, const float *bias) {
+/* The sums of one tile:  out (rows, nv * W) = a . panel (+ addend) (+ bias), over k steps.  rows <= MR. out and addend,
+ * which may be the same, have rows of ld floats. A tile of fewer than MR rows computes its last row several times. */
+INLINE void sum_tile(float *out, size_t ld, int rows, const int nv, Operand a, const float *restrict panel, int k,
+                     const float *addend, const float *bias) {
     vec sum[MR][NV] = {0};
     const float *row[MR];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
         row[i] = a.data + (size_t)least(i, rows - 1) * a.lane;
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) __builtin_prefetch(out + (size_t)least(i, rows - 1) * ld + j * W, 1);
+        for (int j = 0; j < nv; j++) __builtin_prefetch(out + (size_t)least(i, rows - 1) * ld + j * W, 1);
     }
     for (size_t at = 0, end = (size_t)k * a.step; at < end; at += a.step) {
         vec b[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
+        for (int j = 0; j < nv; j++) b[j] = load(panel + j * W);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) sum[i][j] += row[i][at] * b[j];
+            for (int j = 0; j < nv; j++) sum[i][j] += row[i][at] * b[j];
         panel += NR;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
         if (i >= rows) break;
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) {
+        for (int j = 0; j < nv; j++) {
             vec v = sum[i][j];
             if (bias) v += load(bias + j * W);
             if (addend) v += load(addend + (size_t)i * ld + j * W);
@@ -467,29 +474,58 @@ static __attribute__((noinline)) void tile(float *out, size_t ld, int rows, Oper
     }
 }
 
-/* The same for the first cols < NR columns: a tile that hangs over the right edge is computed in full, copied in part. */
+/* Neither inlined nor unrolled over k: either way gcc spends registers on addresses, folds the loads of the panel into
+ * the multiplications and so reads each of them MR times. */
+static __attribute__((noinline)) void tile(float *out, size_t ld, int rows, Operand a, const float *panel, int k,
+                                           const float *addend, const float *bias) {
+    sum_tile(out, ld, rows, NV, a, panel, k, addend, bias);
+}
+
+/* The first one or two vectors of its columns alone, as narrow matrices need them. */
+static __attribute__((noinline)) void narrow_tile(float *out, size_t ld, int rows, int nv, Operand a, const float *panel, int k,
+                                                  const float *addend, const float *bias) {
+    if (NV > 2 && nv == 2)
+        sum_tile(out, ld, rows, 2, a, panel, k, addend, bias);
+    else
+        sum_tile(out, ld, rows, 1, a, panel, k, addend, bias);
+}
+
+/* A tile that hangs over the right edge is computed aside, and its first cols columns are copied. */
 static void tile_part(float *out, size_t ld, int rows, int cols, Operand a, const float *panel, int k, const float *addend,
                       const float *bias) {
     float whole[MR * NR] = {0}, whole_bias[NR] = {0};
     const size_t bytes = (size_t)cols * sizeof(float);
+    const int nv = parts_of(cols, W);
     if (bias) memcpy(whole_bias, bias, bytes);
     for (int i = 0; addend && i < rows; i++) memcpy(whole + i * NR, addend + (size_t)i * ld, bytes);
-    tile(whole, NR, rows, a, panel, k, addend ? whole : NULL, whole_bias);
+    if (nv < NV && nv <= 2)
+        narrow_tile(whole, NR, rows, nv, a, panel, k, addend ? whole : NULL, whole_bias);
+    else
+        tile(whole, NR, rows, a, panel, k, addend ? whole : NULL, whole_bias);
     for (int i = 0; i < rows; i++) memcpy(out + (size_t)i * ld, whole + i * NR, bytes);
 }
 
+/* The first cols <= NR columns of a tile. */
 INLINE void any_tile(float *out, size_t ld, int rows, int cols, Operand a, const float *panel, int k, const float *addend,
                      const float *bias) {
+    const int nv = parts_of(cols, W);
     if (cols == NR)
         tile(out, ld, rows, a, panel, k, addend, bias);
+    else if (nv < NV && nv <= 2 && cols % W == 0)
+        narrow_tile(out, ld, rows, nv, a, panel, k, addend, bias);
     else
         tile_part(out, ld, rows, cols, a, panel, k, addend, bias);
 }
 
 /* ---- packing ----------------------------------------------------------------------------------------------------- */
 
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_any __attribute__((vector_size(16), aligned(4), may_alias));
+/* Elements of a (0 to 3) and b (4 to 7). Written as {a[0], b[0], ...}, gcc would load them one by one. */
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int quad_index __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (quad_index){__VA_ARGS__})
+#endif
 
 /* panel[k * NR + lane] = inp[lane * ld + k]: blocks of 4 x 4 are transposed in registers. A run of k at a time, so that the
  * lines of the panel stay in L1 until all their lanes are there. */
@@ -506,12 +542,12 @@ static void pack_transposed(float *restrict panel, const float *restrict inp, si
                 for (; at + 4 <= end; at += 4, out += 4 * NR) {
                     const quad a = *(const quad_any *)(p + at), b = *(const quad_any *)(p + ld + at);
                     const quad c = *(const quad_any *)(p + 2 * ld + at), d = *(const quad_any *)(p + 3 * ld + at);
-                    const quad ab0 = {a[0], b[0], a[1], b[1]}, ab2 = {a[2], b[2], a[3], b[3]};
-                    const quad cd0 = {c[0], d[0], c[1], d[1]}, cd2 = {c[2], d[2], c[3], d[3]};
-                    *(quad_any *)out = (quad){ab0[0], ab0[1], cd0[0], cd0[1]};
-                    *(quad_any *)(out + NR) = (quad){ab0[2], ab0[3], cd0[2], cd0[3]};
-                    *(quad_any *)(out + 2 * NR) = (quad){ab2[0], ab2[1], cd2[0], cd2[1]};
-                    *(quad_any *)(out + 3 * NR) = (quad){ab2[2], ab2[3], cd2[2], cd2[3]};
+                    const quad ab0 = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
+                    const quad cd0 = SHUFFLE(c, d, 0, 4, 1, 5), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
+                    *(quad_any *)out = SHUFFLE(ab0, cd0, 0, 1, 4, 5);
+                    *(quad_any *)(out + NR) = SHUFFLE(ab0, cd0, 2, 3, 6, 7);
+                    *(quad_any *)(out + 2 * NR) = SHUFFLE(ab2, cd2, 0, 1, 4, 5);
+                    *(quad_any *)(out + 3 * NR) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
                 }
             for (; at < end; at++, out += NR)
                 for (int i = 0; i < least(4, lanes - lane); i++) out[i] = p[(size_t)i * ld + (size_t)at];
@@ -574,15 +610,18 @@ static void matmul(float *out, Operand a, Operand b, Epilogue then, int m, int n
                     const int end = top + cut(bottom - top, MR, blocks, block + 1);
                     const Operand rows = {a.data + (size_t)begin * a.lane + (size_t)k0 * a.step, a.lane, a.step};
                     const size_t panel = MR * a.lane;
-                    for (int i = begin; i < end; i += MR)
-                        for (int j = left; j < right; j += NR) {
-                            const size_t at = (size_t)i * ld + (size_t)j;
-                            const Operand these = {rows.data + (size_t)((i - begin) / MR) * panel, rows.lane, rows.step};
-                            const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
-                            any_tile(out + at, ld, least(MR, end - i), least(NR, right - j), these,
-                                     packed_b + (size_t)((j - left) / NR) * panel_b, kc, addend,
-                                     then.bias && depth == 0 ? then.bias + j : NULL);
-                        }
+                    const int down = parts_of(end - begin, MR), across = parts_of(right - left, NR);
+                    for (int t = 0; t < down * across; t++) {
+                        const int row = kc * NR <= SHORT_PANEL ? t % down : t / across;
+                        const int column = kc * NR <= SHORT_PANEL ? t / down : t % across;
+                        const int i = begin + row * MR, j = left + column * NR;
+                        const size_t at = (size_t)i * ld + (size_t)j;
+                        const Operand these = {rows.data + (size_t)row * panel, rows.lane, rows.step};
+                        const float *addend = depth > 0 ? out + at : then.addend ? then.addend + at : NULL;
+                        any_tile(out + at, ld, least(MR, end - i), least(NR, right - j), these,
+                                 packed_b + (size_t)column * panel_b, kc, addend,
+                                 then.bias && depth == 0 ? then.bias + j : NULL);
+                    }
                     for (int i = begin; then.gelu && depth == depths - 1 && i < end; i++)
                         gelu_row(then.gelu + (size_t)i * ld + left, out + (size_t)i * ld + left, right - left);
                 }
