@@ -17,10 +17,10 @@ from llmgen.plan import Plan
 
 # How `llmgen run` trains where no data is named: fields of [train], unless the config or the program's flags say them.
 BUILTIN_TRAINING = {
-    "steps": "3400",
+    "steps": "3600",
     "shuffle": "1",
     "lr_schedule": "linear",
-    "warmup_steps": "600",
+    "warmup_steps": "400",
     "final_lr_fraction": "0",
     "beta2": "0.98",
     "val_every": "500",
