@@ -389,7 +389,7 @@ def test_an_update_far_from_those_before_is_skipped(run, work, text):
 
 
 def test_skipping_is_remembered_in_checkpoints(run, work, text, data):
-    flags = ["--train-data", data, "--lr", 3e-2, "-sl", 1.5, "-sg", 1.5]
+    flags = ["--train-data", data, "--lr", 3e-2, "-sl", 0.5, "-sg", 0.5]
     whole = succeeds(run(*flags, "--steps", 170, "--save", "whole.bin"))
     assert [line for line in whole if "no update" in line]
     succeeds(run(*flags, "--steps", 100, "--log-dir", "logs", "-n", 100))
