@@ -30,7 +30,7 @@ def templates(
     prelude, names = list(PRELUDE[target]), list(ops)
     if target == "cuda" and "cached_attention" in names:
         names.insert(names.index("cached_attention"), "attention")  # what the cache's kernels for prompts are made of
-    if uses_wgmma(machine, precision):
+    if target == "cuda" and machine.uses_wgmma(precision):
         prelude[1:1] = ["cuda/ptx_sm90.j2", "cuda/tensor_map.j2"]
         prelude.append("cuda/gemm_sm90.j2")
         if model and model.head_size in attention.HOPPER_HEAD_SIZES:
@@ -38,14 +38,10 @@ def templates(
     return list(dict.fromkeys([*prelude, *(f"{target}/ops/{name}.j2" for name in names)]))
 
 
-def uses_wgmma(machine: Profile | Architecture | None, precision: str) -> bool:
-    return isinstance(machine, Architecture) and machine.is_hopper and precision == "bf16"
-
-
 def gpu_options(plan: Plan | GenerationPlan) -> dict:
     """What the CUDA templates choose by besides: number formats and the architecture."""
     program, machine = plan.config.program, plan.profile
-    shapes, wgmma = products.shapes(plan.graph), uses_wgmma(machine, program.precision)
+    shapes, wgmma = products.shapes(plan.graph), machine.uses_wgmma(program.precision)
     if isinstance(plan, GenerationPlan):  # few rows have a kernel of their own
         shapes = [s for s in shapes if s.n > transformer.DECODED_ROWS or not s.aligned(program.precision)]
     return {

@@ -273,7 +273,7 @@ def make(config: Config, target: str = "c", profile: str = "x86-64-v3", arch: st
     else:
         machine = architecture.resolve(arch, precision)
         chunk = scratch.chunk_rows(rows, model.padded_vocab_size * (2 if precision == "bf16" else 4))
-    wgmma = target == "cuda" and machine.is_hopper and precision == "bf16"
+    wgmma = target == "cuda" and machine.uses_wgmma(precision)
     graph = passes.for_target(models.build(config), target, chunk, config.program, wgmma)
     parameters = parameter_table(config, graph, alignment)
     planned = {}

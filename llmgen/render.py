@@ -119,7 +119,7 @@ def generation(plan: GenerationPlan) -> str:
 def tuner(function: str, machine: Architecture, config: Config, products: dict) -> str:
     """The program of `llmgen tune` for a function of products. products: what kernels.options calls so."""
     precision = config.program.precision
-    wgmma = kernels.uses_wgmma(machine, precision)
+    wgmma = machine.uses_wgmma(precision)
     context = {
         "function": function,
         "options": kernels.options(config.model)

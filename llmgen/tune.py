@@ -173,9 +173,9 @@ def candidates(shape: Shape, kernels: str) -> list[Choice]:
 
 def expected(shape: Shape, machine: Architecture, precision: str) -> tuple[Choice, Choice]:
     """What the model of costs takes, and what llmgen takes as it ships."""
-    arguments = precision, machine.multiprocessors, machine.is_hopper
+    arguments = precision, machine.multiprocessors, machine.uses_wgmma(precision)
     shipped = products.chosen(shape, *arguments)
-    if products.by_tma(shape, precision, machine.is_hopper):
+    if products.by_tma(shape, precision, machine.uses_wgmma(precision)):
         return hopper.by_model(shape.function, shape.n, shape.c, shape.oc), shipped
     return shipped, shipped
 

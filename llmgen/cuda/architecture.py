@@ -47,6 +47,10 @@ class Architecture:
         """Whether the source uses what only sm_90a has: wgmma and the tensor memory accelerator."""
         return self.names == ("sm_90a",)
 
+    def uses_wgmma(self, precision: str) -> bool:
+        """Whether products and attention are Hopper's: in float32 they are the portable ones."""
+        return self.is_hopper and precision == "bf16"
+
     @property
     def multiprocessors(self) -> int:
         return MULTIPROCESSORS[self.names[0]]

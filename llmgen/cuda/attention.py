@@ -6,10 +6,6 @@ COUNTERS = 16  # of the work that its blocks take
 PART_KEYS = 128  # of a part of the cache, as in templates/cuda/ops/cached_attention.j2
 
 
-def forward_scratch_bytes() -> int:
-    return 0
-
-
 def backward_scratch_bytes(b: int, t: int, num_heads: int) -> int:
     """delta, the sum of dout * out over each row of each head; on Hopper lse beside it, in whole tiles: all float."""
     return b * num_heads * (-(-t // HOPPER_TILE) * HOPPER_TILE) * 2 * 4

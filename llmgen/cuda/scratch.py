@@ -16,15 +16,15 @@ def chunk_rows(rows: int, row_bytes: int) -> int:
 
 def turns(graph: Graph, config: Config, machine: Architecture) -> int:
     """Counters of the kernel that runs; only those for Hopper have some."""
-    precision = config.program.precision
-    if not machine.is_hopper or precision != "bf16":
+    if not machine.uses_wgmma(config.program.precision):
         return 0
     return max(attention.COUNTERS, *(products.turns(*product) for product in _products(graph, config, machine)))
 
 
 def _products(graph: Graph, config: Config, machine: Architecture) -> list[tuple]:
     """Each with what computes it."""
-    machines = config.program.precision, machine.multiprocessors, machine.is_hopper, machine.tuned
+    precision = config.program.precision
+    machines = precision, machine.multiprocessors, machine.uses_wgmma(precision), machine.tuned
     return [(shape, products.chosen(shape, *machines)) for shape in products.shapes(graph)]
 
 
