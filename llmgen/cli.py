@@ -287,7 +287,7 @@ def bench(against, steps, rounds, modes, **choices):
 @click.option("--seq-len", type=int, metavar="N", help="Tokens in each of them.")
 @click.option("--precision", metavar="P", help="bf16 or fp32.")
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, metavar="N", help="Measurements of the best.")
-@click.option("--export", metavar="FILE", help="Writes all that is kept for this GPU as a table like measured_h100.toml.")
+@click.option("--export", metavar="FILE", help="Writes all that is kept for this GPU as a table like those that ship.")
 @click.option("--out", metavar="DIR", help="The folder for the programs that try the kernels, instead of the cache.")
 @click.option("--compile-only", is_flag=True, help="Only writes and compiles them; this needs no GPU.")
 def tune(rounds, export, out, compile_only, arch, **choices):

@@ -1,7 +1,7 @@
 """Matrix products on Hopper (templates/cuda/gemm_sm90.j2): which tile, order and parts of the sum each one gets.
 
-What was measured on an H100 (measured_h100.toml) comes first; for other shapes a model of cycles chooses. Before both, where a
-`tuned` table is given (--tuned), what `llmgen tune` found.
+What was measured (measured_*.toml) comes first; for other shapes a model of cycles chooses. Before both, where a `tuned` table
+is given (--tuned), what `llmgen tune` found.
 """
 
 import functools
@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
+MEASURED = ("measured_h200.toml", "measured_h100.toml")  # what was measured, as `llmgen tune --export` writes it
 STEP = 64  # of k
 SHARED_LIMIT = 232448  # bytes of a block
 SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
@@ -164,16 +165,20 @@ def by_model(function: str, n: int, c: int, oc: int) -> Choice:
 
 @functools.cache
 def measured() -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
-    """(function, c, oc) -> choices by their number of rows, fastest of those tried."""
-    return read_table(_shipped())
+    """(function, c, oc) -> choices by their number of rows; of two for the same shape the first counts."""
+    found: dict = {}
+    for name in MEASURED:
+        for shape, choices in read_table(_shipped(name)).items():
+            found.setdefault(shape, []).extend(choices)
+    return found
 
 
-def _shipped() -> str:
-    return Path(__file__).with_name("measured_h100.toml").read_text()
+def _shipped(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
 
 
 def read_table(text: str) -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
-    """What measured_h100.toml, or another table in its form, says."""
+    """What a table in the form of MEASURED says."""
     table = tomllib.loads(text)
     tiles = {name: Tile(**tile) for name, tile in table["tiles"].items()}
     found: dict = {}
@@ -185,7 +190,8 @@ def read_table(text: str) -> dict[tuple[str, int, int], list[tuple[int, Choice]]
 
 def write_table(comment: str, rows: Sequence[tuple[str, int, int, int, Choice]]) -> str:
     """The same table as text. rows: function, n, c, oc, choice."""
-    names = {Tile(**tile): name for name, tile in tomllib.loads(_shipped())["tiles"].items()}
+    shipped = [tomllib.loads(_shipped(name))["tiles"] for name in MEASURED]
+    names = {Tile(**tile): name for tiles in shipped for name, tile in tiles.items()}
     lines = [f"# {line}".rstrip() for line in comment.splitlines()] + ["", "products = ["]
     for function, n, c, oc, choice in rows:
         name = names.setdefault(choice.tile, choice.tile.name)

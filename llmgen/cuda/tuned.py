@@ -136,7 +136,7 @@ def machine(arch: str | None, precision: str) -> Architecture:
 
 
 def exported(gpu: str, toolkit: str) -> str:
-    """The Hopper kernels' results in the form of measured_h100.toml."""
+    """The Hopper kernels' results in the form of hopper.MEASURED."""
     order = list(products.LAYOUTS)
     rows = [r for r in read() if (r.gpu, r.toolkit, r.kernels) == (gpu, toolkit, "wgmma")]
     rows.sort(key=lambda r: (order.index(r.function), -r.n, r.c, r.oc))
