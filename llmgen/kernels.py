@@ -42,6 +42,7 @@ def gpu_options(plan: Plan | GenerationPlan) -> dict:
     """What the CUDA templates choose by besides: number formats and the architecture."""
     program, machine = plan.config.program, plan.profile
     shapes, wgmma = products.shapes(plan.graph), machine.uses_wgmma(program.precision)
+    head = products.head(plan.graph, plan.config, machine)
     if isinstance(plan, GenerationPlan):  # few rows have a kernel of their own
         shapes = [s for s in shapes if s.n > transformer.DECODED_ROWS or not s.aligned(program.precision)]
     return {
@@ -51,7 +52,8 @@ def gpu_options(plan: Plan | GenerationPlan) -> dict:
         "hopper": wgmma,
         "head_size": plan.config.model.head_size,
         "least_arch": machine.least,
-        "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma, machine.tuned),
+        "head": head,
+        "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma, machine.tuned, head),
     }
 
 
@@ -64,6 +66,7 @@ def options(model: ModelConfig, evaluation_tokens: int | None = None, *, cached:
     plain = model.num_heads * model.head_size == model.channels
     grouped = model.num_kv_heads != model.num_heads
     return {
+        "head": None,
         "cached": cached,
         "positions": "CONTEXT" if cached else "MAXT",
         "attention": "C" if plain else "NH * HS",

@@ -1,10 +1,16 @@
 """The matrix products of Hopper: which tile each gets, and that each tile is right for any shape that TMA can take."""
 
+from types import SimpleNamespace
+
 import cuda_kernels
+import numpy as np
 import pytest
+from test_cuda_elementwise import FUNCTIONS as ELEMENTWISE
 from test_cuda_products import FUNCTIONS, MODEL, check
 
+from llmgen import ops
 from llmgen.cuda import architecture, hopper, products
+from llmgen.graph import Dim
 
 # (n, c, oc): less than a tile, edges of tiles and of clusters, sums of several laps of the ring
 SHAPES = [(40, 72, 136), (200, 328, 200), (70, 640, 8), (300, 16, 264)]
@@ -92,3 +98,61 @@ def test_floats_take_the_portable_kernels_on_hopper_too():
     choice = products.chosen(shape, "fp32", 132, wgmma=True)
     assert isinstance(choice.tile, products.FloatTile)
     assert products.scratch_bytes(shape, choice) >= 4 * choice.parts * 768 * 768
+
+
+HEADS = {  # forward, input gradient
+    "pingpong and joint": (TILES["pingpong"], TILES["joint, a shared"]),
+    "joint and pingpong": (TILES["joint, a shared"], TILES["pingpong, 160 columns"]),
+    "alone": (TILES["alone"], TILES["alone"]),
+}
+
+
+@pytest.mark.parametrize("tiles", HEADS)
+def test_the_heads_gradient_comes_without_a_pass_over_the_logits(folder, hopper_device, tiles):
+    """Rows of which another token is 100 nats more likely than the target are among them."""
+    n, chunk, v, c, scale = 300, 160, 333, 72, 2.0**-7
+    vp = -(-v // 128) * 128
+    forward, inputs = HEADS[tiles]
+    head = products.Head(chunk, c, vp, (forward, inputs), 1024)
+    plain = only(TILES["pingpong"], "1, IN_TURN")
+    plain["hopper"] = hopper.options({TILES["pingpong"], forward, inputs})
+    names = ("classifier_forward", "classifier_forward_backward")
+    made = cuda_kernels.build(
+        folder,
+        hopper_device,
+        {"V": v, "VP": vp, "C": c, "CHUNK": chunk},
+        MODEL,
+        ["linear", "classifier"],
+        {name: ELEMENTWISE[name] for name in names},
+        arch="sm_90a",
+        machine="sm_90a",
+        options={"products": plain, "head": head},
+        scratch=head.scratch_bytes,
+        races=hopper_device == "emulator",
+    )
+    rng = np.random.default_rng(0)
+    inp, weight = (cuda_kernels.rounded(rng.standard_normal(shape), "bf16") for shape in ((n, c), (vp, c)))
+    weight = cuda_kernels.rounded(weight * 3 / np.sqrt(c), "bf16")
+    weight[v:] = 0
+    inp[::7] = cuda_kernels.rounded(inp[::7] * 16, "bf16")
+    logits = inp.astype(float) @ weight.T.astype(float)
+    targets = rng.integers(0, v, n, dtype=np.int32)
+    targets[:2] = 0, v - 1
+    targets[7] = logits[7, :v].argmin()
+    targets[14] = logits[14, :v].argmax()
+    assert logits[7].max() - logits[7, targets[7]] > 100
+    op = SimpleNamespace(attrs={"vocab_size": Dim(v, "V"), "softcap": 0, "smoothing": 0, "z_loss": 0})
+    losses = ops.CROSS_ENTROPY.reference(op, {"logits": logits, "targets": targets})["losses"]
+    dlogits = ops.CROSS_ENTROPY_BACKWARD.reference(op, {"logits": logits, "targets": targets, "dlosses": scale})["dlogits"]
+
+    got, held, dinp, dweight = (np.full(shape, np.nan, np.float32) for shape in (n, (chunk, vp), (n, c), (vp, c)))
+    for times in (1, 2):
+        made.classifier_forward_backward(got, dinp, dweight, held, inp, weight, targets, scale, n, times - 1)
+        assert np.abs(got - losses).max() < 1e-3
+        want = dlogits @ weight.astype(float)
+        assert np.linalg.norm(dinp - want) <= 5e-3 * np.linalg.norm(want)
+        each = np.linalg.norm(dinp - want, axis=1) <= 2e-2 * np.linalg.norm(want, axis=1) + 1e-3 * scale
+        assert each.all(), np.flatnonzero(~each)
+        want = times * (dlogits.T @ inp.astype(float))
+        assert np.linalg.norm(dweight - want) <= 5e-3 * np.linalg.norm(want)
+        assert (dweight[v:] == 0).all()

@@ -33,8 +33,10 @@ def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     model, b, t = config.model, config.program.batch_size, config.program.seq_len
     heads = model.num_heads + 2 * model.num_kv_heads
     of_products = [products.scratch_bytes(*product) for product in _products(graph, config, machine)]
+    head = products.head(graph, config, machine)
     return max(
         *of_products,
+        head.scratch_bytes if head else 0,
         elementwise.scratch_bytes(b * t, model.channels, heads, model.head_size),
         attention.backward_scratch_bytes(b, t, model.num_heads),
     )
