@@ -32,6 +32,7 @@ DEVICES = ("emulator", "gpu")
 # What the kernels expect of the program around them.
 _GLOBALS = """
 #include <cuda.h>
+#include <cudaTypedefs.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <float.h>
