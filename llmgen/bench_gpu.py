@@ -205,6 +205,7 @@ def _write_steps(config: Config, arch: str | None, folder: Path, steps: int, rou
                 work[f"{name}, {f'compiled, {mode}' if mode else 'eager'}"] = command
     milliseconds: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
+    write("")
     for _ in range(rounds):
         for name, command in work.items():
             result = subprocess.run(command, capture_output=True, text=True)
@@ -213,7 +214,9 @@ def _write_steps(config: Config, arch: str | None, folder: Path, steps: int, rou
                 last = (result.stderr.strip().splitlines() or ["no message"])[-1]
                 write(f"{name}: failed: {last}")
                 continue
-            milliseconds.setdefault(name, []).extend(found[2:] or found[-1:])  # the first ones compile and warm up
+            counted = found[2:] or found[-1:]  # the first ones compile and warm up
+            write(f"{name}: {statistics.median(counted):.2f} ms a step")  # at once: a compiler of steps can take minutes
+            milliseconds.setdefault(name, []).extend(counted)
             memory[name] = int(re.search(r"^memory: (\d+)", result.stdout, re.M)[1])
     medians = {name: statistics.median(times) for name, times in milliseconds.items()}
     batch = config.program.batch_size * config.program.seq_len

@@ -1,6 +1,8 @@
 """`llmgen verify` over ordinary, awkward and random configs, and on programs that are wrong: it must notice."""
 
 import dataclasses
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,27 @@ def verified(tmp_path, monkeypatch):
         return lines
 
     return verified
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64-static")),
+    reason="needs gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user-static",
+)
+@pytest.mark.parametrize("overrides", [{}, {"channels": 160, "seq_len": 37, "max_seq_len": 64}], ids=["tiny", "wider"])
+def test_the_program_is_right_on_arm64(overrides):
+    """Cross-compiled, and run by QEMU, on two threads."""
+    lines = []
+
+    def build(config, folder: Path) -> Path:
+        source = program.build(config, "c", "armv8-a", None, folder, compile=False).source
+        flags = [*STRICT.split(), "-O2", "-std=gnu11", "-fopenmp", "-static", *cpu.resolve("armv8-a").flags]
+        subprocess.run(["aarch64-linux-gnu-gcc", *flags, source, "-lm", "-o", folder / "arm"], check=True)
+        (folder / "run").write_text(f'#!/bin/sh\nOMP_NUM_THREADS=2 exec qemu-aarch64-static {folder / "arm"} "$@"\n')
+        (folder / "run").chmod(0o755)
+        return folder / "run"
+
+    config = configs.load("gpt2-nano", overrides={**TINY, **overrides})
+    assert verify.verify(config, build, lines.append), "\n".join(lines)
 
 
 @pytest.mark.parametrize(
