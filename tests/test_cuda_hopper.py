@@ -113,7 +113,7 @@ def test_the_heads_gradient_comes_without_a_pass_over_the_logits(folder, hopper_
     n, chunk, v, c, scale = 300, 160, 333, 72, 2.0**-7
     vp = -(-v // 128) * 128
     forward, inputs = HEADS[tiles]
-    head = products.Head(chunk, c, vp, (forward, inputs), 1024)
+    head = products.Head(products.Shape("linear_backward_input", chunk, c, vp), (forward, inputs), 1024)
     plain = only(TILES["pingpong"], "1, IN_TURN")
     plain["hopper"] = hopper.options({TILES["pingpong"], forward, inputs})
     names = ("classifier_forward", "classifier_forward_backward")

@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-MEASURED = ("measured_h200.toml", "measured_h100.toml")  # what was measured, as `llmgen tune --export` writes it
+MEASURED = ("measured_h100.toml", "measured_h200.toml")  # what was measured, as `llmgen tune --export` writes it
 STEP = 64  # of k
 SHARED_LIMIT = 232448  # bytes of a block
 SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
@@ -165,7 +165,7 @@ def by_model(function: str, n: int, c: int, oc: int) -> Choice:
 
 @functools.cache
 def measured() -> dict[tuple[str, int, int], list[tuple[int, Choice]]]:
-    """(function, c, oc) -> choices by their number of rows; of two for the same shape the first counts."""
+    """(function, c, oc) -> choices by their number of rows, fastest of those tried."""
     found: dict = {}
     for name in MEASURED:
         for shape, choices in read_table(_shipped(name)).items():

@@ -5,7 +5,7 @@ Plain functions of integers. What comes out is `options["products"]` for the tem
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmgen.config import Config
 from llmgen.cuda import hopper
@@ -229,13 +229,12 @@ def scratch_bytes(shape: Shape, choice: Choice | hopper.Choice) -> int:
 class Head:
     """The classifier's products with the softmax in their epilogues (templates/cuda/ops/classifier.j2).
 
-    rows, channels, columns: of a chunk of logits and what they are made of.
+    shape: of the input gradient of a chunk of logits, as it would be without.
+    tiles: of the forward and of the input gradient.
     scratch: the first float that the weight gradient leaves free.
     """
 
-    rows: int
-    channels: int
-    columns: int
+    shape: Shape
     tiles: tuple[hopper.Tile, hopper.Tile]
     scratch: int
 
@@ -243,30 +242,24 @@ class Head:
     input_gradient = property(lambda self: self.tiles[1].name)
 
     @property
-    def plain_input_gradient(self) -> Shape:
-        """The product that it takes the place of."""
-        return Shape("linear_backward_input", self.rows, self.channels, self.columns)
-
-    @property
     def scratch_bytes(self) -> int:
         """Up to the end of the rows' factors and the parts of their sums."""
-        return 4 * (self.scratch + self.rows * (1 + -(-self.columns // self.tiles[0].columns)))
+        return 4 * (self.scratch + self.shape.n * (1 + -(-self.shape.oc // self.tiles[0].columns)))
 
 
 def head(graph: Graph, config: Config, machine: Architecture) -> Head | None:
     """Of a program that trains on Hopper, where the loss is the plain one."""
-    model, precision = config.model, config.program.precision
-    found = [op for f in graph.functions for op in f.ops() if op.kind.function == "classifier_forward_backward"]
-    if not found or model.logit_softcap or model.label_smoothing or model.z_loss:
+    model, precision, wgmma = config.model, config.program.precision, machine.uses_wgmma(config.program.precision)
+    found = [
+        shape
+        for shape, op in uses(graph).items()
+        if (shape.function, op.kind.function) == ("linear_backward_input", "classifier_forward_backward")
+    ]
+    if not found or not by_tma(found[0], precision, wgmma) or model.logit_softcap or model.label_smoothing or model.z_loss:
         return None
-    n, (oc, c) = found[0].outputs["logits"].shape[0].size, (d.size for d in found[0].inputs["weight"].shape)
-    if not by_tma(Shape("linear_forward", n, c, oc), precision, machine.uses_wgmma(precision)):
-        return None
-    forward, inputs, weights = (
-        hopper.choose(function, n, c, oc, machine.tuned) for function in CLASSIFIERS["classifier_forward_backward"]
-    )
-    taken = hopper.scratch_bytes(hopper.WEIGHT_GRADIENT, n, c, oc, weights) // 4
-    return Head(n, c, oc, (forward.tile, inputs.tile), -(-taken // 64) * 64)
+    shapes = [replace(found[0], function=function) for function in CLASSIFIERS["classifier_forward_backward"]]
+    forward, inputs, weights = (chosen(s, precision, machine.multiprocessors, wgmma, machine.tuned) for s in shapes)
+    return Head(found[0], (forward.tile, inputs.tile), scratch_bytes(shapes[-1], weights) // 4)
 
 
 def options(
@@ -282,7 +275,7 @@ def options(
     Rules look at c and oc alone, so that they serve any number of rows. Without a shape of a function: rules for any shape.
     """
     found: dict = {"tiles": [*head.tiles] if head else []}
-    shapes = [shape for shape in shapes if not head or shape != head.plain_input_gradient]
+    shapes = [shape for shape in shapes if not head or shape != head.shape]
     for function in LAYOUTS:
         groups: dict = {}
         for shape in (s for s in shapes if s.function == function):
