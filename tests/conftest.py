@@ -15,7 +15,7 @@ from llmgen.cuda import architecture
 os.environ.update(runner.environment())
 
 
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     if request.param == "emulator" and not emulator.available():
         pytest.skip("the emulator needs g++ on x86-64 Linux")

@@ -1,10 +1,10 @@
-"""Checkpoints and recompute of whole CUDA programs on the emulator: bf16 with master weights, and fp32 programs that go on."""
+"""Checkpoints and recompute of whole CUDA programs: bf16 with master weights, and fp32 programs that go on."""
 
 import json
 import subprocess
 from pathlib import Path
 
-import emulator
+import cuda_programs
 import numpy as np
 import pytest
 
@@ -12,21 +12,21 @@ from llmgen import config as configs
 from llmgen import plan, render
 from llmgen.formats import tokens, training_state
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++ on x86-64 Linux")
 SMALL = {"num_layers": 2, "num_heads": 2, "channels": 32, "vocab_size": 101, "max_seq_len": 16, "batch_size": 2, "seq_len": 16}
 
 
-def build(folder: Path, name: str, **overrides) -> Path:
+def build(folder: Path, name: str, device: str, **overrides) -> Path:
     config = configs.load("gpt2-nano", target="cuda", overrides={"precision": "bf16", **SMALL, **overrides})
     source = folder / f"{name}.cu"
-    source.write_text(render.source(plan.make(config, "cuda", arch="sm_80")))
-    emulator.compile(source, folder / name)
+    made = plan.make(config, "cuda", arch=cuda_programs.arch(device))
+    source.write_text(render.source(made))
+    cuda_programs.compile(source, folder / name, device, made.profile)
     return folder / name
 
 
 @pytest.fixture(scope="module")
-def bf16(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("bf16"), "train")
+def bf16(tmp_path_factory, device) -> Path:
+    return build(tmp_path_factory.mktemp("bf16"), "train", device)
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_precisions_go_on_from_one_another(bf16, run, tmp_path):
     assert (seen[:3] == want[:3]).all() and seen == pytest.approx(want, rel=5e-3)
 
 
-def test_recompute_changes_no_bit(bf16, run, tmp_path):
+def test_recompute_changes_no_bit(bf16, device, run, tmp_path):
     run(bf16, "none", 3)
-    run(build(tmp_path, "program", recompute="block"), "block", 3)
+    run(build(tmp_path, "program", device, recompute="block"), "block", 3)
     assert (tmp_path / "none.bin").read_bytes() == (tmp_path / "block.bin").read_bytes()
     assert losses(tmp_path / "none") == losses(tmp_path / "block")

@@ -1,4 +1,4 @@
-"""The CUDA program that generates, on the emulator: what it computes and writes, against the float64 reference."""
+"""The CUDA program that generates, on the emulator and on a GPU: what it computes and writes, against the float64 reference."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_kernels
+import cuda_programs
 import emulator
 import numpy as np
 import pytest
@@ -78,14 +79,15 @@ class Program:
         return np.fromfile(self.path.parent / "logits", np.float32).reshape(-1, self.config.model.vocab_size)
 
 
-def build(config: configs.Config, folder: Path) -> Program:
+def build(config: configs.Config, folder: Path, device: str) -> Program:
     """The program of a random model; it leaves the logits in a file besides."""
-    source = render.generation(generation.make(config, "cuda", arch="sm_80"))
+    made = generation.make(config, "cuda", arch=cuda_programs.arch(device))
+    source = render.generation(made)
     head = "static int draw_token(const Settings *s, const float *logits, double coin) {\n"
     assert head in source
     keep = 'FILE *kept = fopen(getenv("LOGITS"), "ab"); fwrite(logits, sizeof(float), V, kept); fclose(kept);\n'
     (folder / "generate.cu").write_text(source.replace(head, head + keep))
-    emulator.compile(folder / "generate.cu", folder / "generate")
+    cuda_programs.compile(folder / "generate.cu", folder / "generate", device, made.profile)
     values = random_parameters(config, np.random.default_rng(1))
     values = {name: np.asarray(array, np.float32) for name, array in values.items()}
     weights.write(folder / "model.bin", config, models.parameter_shapes(config), values.items())
@@ -110,11 +112,10 @@ def references(made: Program, prompt: list[int], written: list[int]) -> np.ndarr
 
 
 # A prompt of 133 is read in pieces of 64, the last of 5 tokens, and goes over the end of a part of the cache.
-@emulated
 @pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in MODELS), ("gpt2", "bf16"), ("gemma", "bf16")])
-def test_logits_and_tokens_are_those_of_the_reference(name, precision, tmp_path, monkeypatch):
+def test_logits_and_tokens_are_those_of_the_reference(name, precision, device, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "DECODED_TOKENS", 64)
-    made = build(config_of(name, precision), tmp_path)
+    made = build(config_of(name, precision), tmp_path, device)
     for length, count in ((1, 4), (9, 3), (133, 3)):
         (prompt,) = prompts_of(made.config, length)
         (written,) = made.ids([prompt], "--temperature", 0, "--tokens", count, "--stop", 0)
@@ -128,9 +129,8 @@ def test_logits_and_tokens_are_those_of_the_reference(name, precision, tmp_path,
             assert written == made.logits.argmax(axis=1).tolist()
 
 
-@emulated
-def test_the_residual_stream_may_be_wider(tmp_path):
-    made = build(config_of("llama", "bf16", residual_precision="fp32"), tmp_path)
+def test_the_residual_stream_may_be_wider(device, tmp_path):
+    made = build(config_of("llama", "bf16", residual_precision="fp32"), tmp_path, device)
     (prompt,) = prompts_of(made.config, 19)
     (written,) = made.ids([prompt], "--temperature", 0, "--tokens", 3, "--stop", 0)
     wanted = references(made, prompt, written)
@@ -138,11 +138,10 @@ def test_the_residual_stream_may_be_wider(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return build(config_of("llama", "bf16"), tmp_path_factory.mktemp("small"))
+def small(tmp_path_factory, device):
+    return build(config_of("llama", "bf16"), tmp_path_factory.mktemp("small"), device)
 
 
-@emulated
 def test_what_is_written_does_not_depend_on_the_batch(small):
     prompts = prompts_of(small.config, 3, 1, 20, 5, 2, 2, 2, 4, 2, 3, 1)
     drawn = ("--tokens", 3, "--temperature", 1.3, "--top-k", 50, "--stop", 0)
@@ -153,7 +152,6 @@ def test_what_is_written_does_not_depend_on_the_batch(small):
     assert small.ids(prompts[:1], *drawn, "--seed", 2) != together[:1]
 
 
-@emulated
 def test_a_text_ends_at_the_end_of_text_and_where_its_context_is_full(small):
     (prompt,) = prompts_of(small.config, 3)
     (free,) = small.ids([prompt], "--tokens", 6, "--temperature", 2, "--stop", 0)
@@ -163,8 +161,8 @@ def test_a_text_ends_at_the_end_of_text_and_where_its_context_is_full(small):
     assert len(small.ids([long], "--tokens", 99, "--stop", 0)[0]) == 4
 
 
-@emulated
 def test_it_says_what_it_did(small):
+    (small.path.parent / "prompts.txt").write_text("1 2 3\n")
     text = small.run("--load", "model.bin", "--tokens", 2, "--stop", 0, "--prompt-tokens", "prompts.txt")
     figures = r"read \d+ tokens in [\d.]+ ms, [\d.]+ tok/s \| generated 2 in [\d.]+ ms, [\d.]+ tok/s \| gpu: \S.*"
     assert re.fullmatch(figures, text.splitlines()[-1])
@@ -173,7 +171,7 @@ def test_it_says_what_it_did(small):
 @emulated
 def test_no_thread_races_another(tmp_path, monkeypatch):
     monkeypatch.setenv("EMULATOR_RACES", "1")
-    made = build(config_of("gemma", "bf16"), tmp_path)
+    made = build(config_of("gemma", "bf16"), tmp_path, "emulator")
     (prompt,) = prompts_of(made.config, 20)
     assert len(made.ids([prompt], "--tokens", 2, "--stop", 0)[0]) == 2
 

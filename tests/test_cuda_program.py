@@ -238,11 +238,15 @@ class TestRuns(OnGpu):
         assert needs == plan.make(config, "cuda").memory.total(1) and 0.9 * free < fits <= free
 
     @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-    @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-    def test_sanitizers_find_nothing(self, tmp_path, tool, precision):
+    @pytest.mark.parametrize(
+        "overrides",
+        [{"precision": "bf16"}, {"precision": "fp32"}, {"precision": "bf16", "channels": 128}],
+        ids=["bf16", "fp32", "bf16, heads of 64 channels"],
+    )
+    def test_sanitizers_find_nothing(self, tmp_path, tool, overrides):
         if not shutil.which("compute-sanitizer"):
             pytest.skip("no compute-sanitizer")
-        config = small(precision=precision, seq_len=40)
+        config = small(seq_len=40, **overrides)
         built = program.build(config, "cuda", "native", None, tmp_path)
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(built.program.resolve())]
         data = self.data(tmp_path, config, samples=3)
