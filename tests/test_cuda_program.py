@@ -205,7 +205,7 @@ class TestRuns(OnGpu):
         data = self.data(tmp_path, config)
         for name in ("a", "b"):
             command = [built.program.resolve(), *data, "--steps", "20", "--save", f"{name}.bin", "--sample-every", "20"]
-            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
             assert result.returncode == 0 and not result.stderr, result.stderr
         assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
         planned = plan.make(config, "cuda").memory.total(1)

@@ -71,7 +71,8 @@ class Tile:
         """As SHARED of the template, where out is bf16 in lines of 128 bytes."""
         blocks = self.loaded_columns(function)
         out = 0 if function == WEIGHT_GRADIENT else self.consumers * self.buffers * 64 * 64 * 2
-        return 1024 + self.stages * (self.tile_rows + blocks) * 128 + out + 8 * self.consumers * self.buffers + 16 * self.stages
+        barriers = 16 * (self.consumers * self.buffers + self.stages)
+        return 1024 + self.stages * (self.tile_rows + blocks) * 128 + out + barriers
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def _pingpong(columns: int, stages: int, buffers: int, rows: int = 128) -> Tile:
 
 # For products whose result leaves through shared memory, and for weight gradients, which store from registers.
 TILES = (
+    _pingpong(192, 4, 4),
     _pingpong(192, 4, 3),
+    _pingpong(160, 4, 4),
     _pingpong(160, 4, 3),
     Tile(False, 2, 128, 192, 1, 2, 3, 3),
     Tile(False, 2, 128, 160, 1, 2, 3, 3),
@@ -100,6 +103,10 @@ WEIGHT_TILES = (
     _pingpong(160, 5, 2),
     Tile(False, 3, 64, 192, 2, 1, 4, 2),
     Tile(False, 3, 64, 160, 1, 2, 4, 2),
+    Tile(False, 3, 64, 256, 2, 1, 4, 2),
+    Tile(False, 3, 64, 256, 1, 2, 4, 2),
+    Tile(False, 2, 64, 256, 2, 1, 4, 2),
+    Tile(False, 2, 64, 256, 1, 2, 4, 2),
     Tile(False, 2, 128, 192, 1, 2, 4, 2),
     Tile(False, 2, 128, 160, 1, 2, 4, 2),
     Tile(False, 2, 128, 128, 1, 2, 4, 2),
