@@ -53,6 +53,7 @@ def gpu_options(plan: Plan | GenerationPlan) -> dict:
         "head_size": plan.config.model.head_size,
         "least_arch": machine.least,
         "head": head,
+        "slopes": products.stores_slopes(plan.graph),
         "products": products.options(shapes, program.precision, machine.multiprocessors, wgmma, machine.tuned, head),
     }
 
@@ -67,6 +68,7 @@ def options(model: ModelConfig, evaluation_tokens: int | None = None, *, cached:
     grouped = model.num_kv_heads != model.num_heads
     return {
         "head": None,
+        "slopes": False,
         "cached": cached,
         "positions": "CONTEXT" if cached else "MAXT",
         "attention": "C" if plain else "NH * HS",

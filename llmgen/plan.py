@@ -365,7 +365,8 @@ def fillers(graph: Graph) -> tuple[str, ...]:
 def linears(graph: Graph) -> list[tuple[int, int, int]]:
     """(n, c, oc) of every linear layer: rows, channels in, channels out."""
     found = {}
-    for op in (op for f in graph.functions for op in f.ops() if op.kind in (ops.LINEAR, ops.LINEAR_GELU)):
+    kinds = (ops.LINEAR, ops.LINEAR_GELU, ops.LINEAR_GELU_SLOPE)
+    for op in (op for f in graph.functions for op in f.ops() if op.kind in kinds):
         sizes = op.kind.sizes(op)
         found[tuple(sizes[name].size for name in ("n", "c", "oc"))] = None
     return list(found)

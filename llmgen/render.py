@@ -9,8 +9,7 @@ import jinja2
 
 from llmgen import characters, families, host, kernels, toolchain
 from llmgen import generation as generations
-from llmgen.config import Config
-from llmgen.cuda.architecture import Architecture
+from llmgen.cuda.products import stores_slopes
 from llmgen.generation import GenerationPlan
 from llmgen.plan import C_TYPES, Call, FunctionPlan, Parameter, Plan, c_float
 
@@ -116,8 +115,9 @@ def generation(plan: GenerationPlan) -> str:
     return _rendered(GENERATION_TEMPLATES[plan.target], plan, context)
 
 
-def tuner(function: str, machine: Architecture, config: Config, products: dict) -> str:
+def tuner(function: str, plan: Plan, products: dict) -> str:
     """The program of `llmgen tune` for a function of products. products: what kernels.options calls so."""
+    config, machine = plan.config, plan.profile
     precision = config.program.precision
     wgmma = machine.uses_wgmma(precision)
     context = {
@@ -128,6 +128,7 @@ def tuner(function: str, machine: Architecture, config: Config, products: dict) 
             "residual": config.program.residual_precision if precision == "bf16" else "fp32",
             "arch": machine.name,
             "hopper": wgmma,
+            "slopes": stores_slopes(plan.graph),
             "products": products,
         },
         "limits": {"entry": 0.05, "relative": 0.01, "rms": 0.005},

@@ -46,7 +46,7 @@ class Product:
     shape: Shape
     bias: bool = False
     addend: bool = False
-    pre: bool = False
+    kept: bool = False  # what GELU's backward wants of the forward
     sums: bool = False
     wide: bool = False
 
@@ -97,7 +97,7 @@ def tune(
             raise UserError("tune measures on an NVIDIA GPU, and there is none here; --compile-only prepares its programs")
         tuned.read()  # a damaged one is to be known now
     started = time.monotonic()
-    programs = build(machine, config, {p.shape.function for p in found}, Path(out) if out else data.default_cache() / "tune")
+    programs = build(plan, {p.shape.function for p in found}, Path(out) if out else data.default_cache() / "tune")
     write(f"{len(programs)} programs for {machine.name}: {time.monotonic() - started:.0f} s")
     if compile_only:
         for path in programs.values():
@@ -132,13 +132,13 @@ def of_plan(plan: Plan) -> list[Product]:
     for shape, op in products.uses(plan.graph).items():
         if not shape.aligned(precision):
             continue
-        bias, addend, pre = "bias" in op.inputs, "addend" in op.inputs, "pre" in op.outputs
+        bias, addend, kept = "bias" in op.inputs, "addend" in op.inputs, bool({"pre", "slope"} & op.outputs.keys())
         sums = "dsum" in op.outputs or "dbias" in op.outputs
         written = op.tensor("out") or op.tensor("dinp")
         if op.kind.function in products.CLASSIFIERS:
             bias, written = False, op.outputs.get("dinp") if shape.function == "linear_backward_input" else None
         wide = precision == "bf16" and written is not None and written.dtype == "f32"
-        found.append(Product(shape, bias, addend, pre, sums, wide))
+        found.append(Product(shape, bias, addend, kept, sums, wide))
     return found
 
 
@@ -183,9 +183,9 @@ def expected(shape: Shape, machine: Architecture, precision: str) -> tuple[Choic
 # ---- the programs
 
 
-def source(function: str, machine: Architecture, config: Config) -> str:
+def source(function: str, plan: Plan) -> str:
     """The program that tries the kernels of a function: its tiles by their numbers, parts as it is told."""
-    precision = config.program.precision
+    machine, precision = plan.profile, plan.config.program.precision
     kernels = tuned.family(machine, precision)
     parts: int | str = 0
     if function == "linear_backward_weight":
@@ -197,16 +197,17 @@ def source(function: str, machine: Architecture, config: Config) -> str:
         "tiles": every if kernels == "mma" else [],
         "hopper": hopper.options(every if kernels == "wgmma" else ()),
     }
-    return render.tuner(function, machine, config, options)
+    return render.tuner(function, plan, options)
 
 
-def build(machine: Architecture, config: Config, functions: set[str], folder: Path) -> dict[str, Path]:
+def build(plan: Plan, functions: set[str], folder: Path) -> dict[str, Path]:
     """Function -> its program; several are compiled at a time, those that are up to date not again. Raises UserError."""
-    numbers = f"{config.program.precision}_{config.program.residual_precision}"
+    machine, program = plan.profile, plan.config.program
+    numbers = f"{program.precision}_{program.residual_precision}"
     made = {}
     for function in (name for name in products.LAYOUTS if name in functions):
         path = folder / f"tune_{function}_{machine.name.replace(',', '_')}_{numbers}.cu"
-        text = source(function, machine, config)
+        text = source(function, plan)
         if not path.is_file() or path.read_text() != text:
             with files.folder(folder), files.replacing(path) as output:
                 output.write(text.encode())
@@ -313,7 +314,7 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
     every = [choice for choice in every if choice.tile in numbers and choice.tile not in tuner.lost]
     scratch = max((products.scratch_bytes(shape, choice) for choice in every), default=0)
     turns = max((products.turns(shape, choice) for choice in every), default=0)
-    there = product.bias, product.addend, product.pre, product.sums, product.wide
+    there = product.bias, product.addend, product.kept, product.sums, product.wide
     try:
         tuner.product(" ".join(map(str, ["product", shape.n, shape.c, shape.oc, *map(int, there), scratch, turns])))
     except Failed as failed:

@@ -43,8 +43,9 @@ def only(tile, parts):
 @pytest.mark.parametrize("parts", ["1, IN_TURN", "3, IN_TURN", "3, APART"])
 @pytest.mark.parametrize("tile", TILES)
 def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile, parts):
-    if parts != "1, IN_TURN" and "columns" in tile:
+    if parts == "3, APART" and "columns" in tile:
         pytest.skip("as with 192 columns")
+    slopes = parts != "1, IN_TURN"  # what GELU keeps has nothing to do with the parts; each is tried with each tile
     made = cuda_kernels.build(
         folder,
         hopper_device,
@@ -55,11 +56,11 @@ def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile,
         residual="fp32",
         arch="sm_90a",
         machine="sm_90a",
-        options={"products": only(TILES[tile], parts)},
+        options={"products": only(TILES[tile], parts), "slopes": slopes},
         scratch=4 << 20,
     )
     for shape in SHAPES:
-        check(made, "bf16", *shape)
+        check(made, "bf16", *shape, slopes=slopes)
 
 
 def test_every_choice_fits_in_shared_memory():

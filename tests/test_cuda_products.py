@@ -25,7 +25,7 @@ FUNCTIONS = {
 SHAPES = [(64, 64, 64), (100, 136, 72), (37, 100, 260), (65, 99, 33), (300, 16, 8), (1, 1, 1), (130, 257, 131), (5, 8, 400)]
 
 
-def library(folder, device, precision, chosen):
+def library(folder, device, precision, chosen, slopes=True):
     functions = {k: v for k, v in FUNCTIONS.items() if precision == "bf16" or k != "linear_forward_residual"}
     return cuda_kernels.build(
         folder,
@@ -36,12 +36,13 @@ def library(folder, device, precision, chosen):
         functions,
         precision=precision,
         residual="fp32",
-        options={"products": chosen},
+        options={"products": chosen, "slopes": slopes},
         scratch=32 << 20,
     )
 
 
-def check(library, precision, n, c, oc, seed=0):
+def check(library, precision, n, c, oc, seed=0, slopes=True):
+    """slopes: GELU keeps its slope for the backward, else its argument."""
     rng = np.random.default_rng(seed)
 
     def values(*shape):
@@ -53,7 +54,7 @@ def check(library, precision, n, c, oc, seed=0):
         assert np.abs(got - want).max() <= relative * np.abs(want).max() + 3e-6 * np.sqrt(terms) * 4, (n, c, oc)
 
     inp, weight, bias, addend = values(n, c), values(oc, c), values(oc), values(n, oc)
-    out, pre = np.full((n, oc), np.nan, np.float32), np.full((n, oc), np.nan, np.float32)
+    out, kept = np.full((n, oc), np.nan, np.float32), np.full((n, oc), np.nan, np.float32)
     product = inp.astype(float) @ weight.T.astype(float)
 
     library.linear_forward(out, inp, weight, bias, addend, n, c, oc)
@@ -68,9 +69,12 @@ def check(library, precision, n, c, oc, seed=0):
         library.linear_forward_residual(out, inp, weight, bias, exact, n, c, oc)
         close(out, product + bias + exact, c, "fp32")
 
-    library.linear_gelu_forward(out, pre, inp, weight, bias, n, c, oc)
-    close(pre, product + bias, c)
+    library.linear_gelu_forward(out, kept, inp, weight, bias, n, c, oc)
+    close(kept, gelu_derivative(product + bias) if slopes else product + bias, c)
     close(out, gelu(product + bias), c)
+    alone = np.full_like(out, np.nan)
+    library.linear_gelu_forward(alone, None, inp, weight, bias, n, c, oc)
+    np.testing.assert_array_equal(alone, out)
     library.linear_gelu_forward(out, None, inp, weight, None, n, c, oc)
     close(out, gelu(product), c)
 
@@ -78,7 +82,7 @@ def check(library, precision, n, c, oc, seed=0):
     product = dout.astype(float) @ weight.astype(float)
     library.linear_backward_input(dinp, dout, weight, n, c, oc)
     close(dinp, product, oc)
-    product, dsum = product * gelu_derivative(inner.astype(float)), np.full(c, np.nan, np.float32)
+    product, dsum = product * (inner if slopes else gelu_derivative(inner.astype(float))), np.full(c, np.nan, np.float32)
     library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, None, 0)
     close(dinp, product, oc)
     dinp[...] = np.nan
@@ -127,6 +131,6 @@ def test_products_of_floats_are_right_for_any_shape(folder, device, tile):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_rules_that_know_no_shape_fit_any(folder, device, precision):
-    made = library(folder, device, precision, products.options([], precision, 132))
+    made = library(folder, device, precision, products.options([], precision, 132), slopes=False)
     for shape in [(70, 72, 80), (33, 20, 36), (9, 11, 13)]:
-        check(made, precision, *shape)
+        check(made, precision, *shape, slopes=False)

@@ -55,6 +55,20 @@ def test_each_fusion_alone_changes_no_value(plain, rewrite):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-14)
 
 
+def test_the_slope_of_a_gelu_is_kept_where_nothing_else_reads_its_argument(plain):
+    values = values_for(plain, 1)
+    fused = passes.for_target(plain, "c", 5, ProgramConfig()).function("forward_backward")
+    (slopes,) = fusion.gelu_slopes([fused])
+    kinds = [op.kind for op in slopes.ops()]
+    assert ops.LINEAR_GELU_SLOPE in kinds and ops.LINEAR_BACKWARD_INPUT_SLOPE in kinds
+    assert not {ops.LINEAR_GELU, ops.LINEAR_BACKWARD_INPUT_GELU} & set(kinds)
+    want, got = reference.run(fused, values), reference.run(slopes, values)
+    for name in ["losses", *("d" + p.name for p in plain.parameters)]:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-10, atol=1e-14)
+    again = passes.for_target(plain, "c", 5, ProgramConfig(recompute="cheap")).function("forward_backward")
+    assert fusion.gelu_slopes([fused, again]) == [fused, again], "all of a program, or none"
+
+
 def test_the_fusions_leave_no_separate_add_gelu_or_logits(plain):
     fused = passes.for_target(plain, "c", 5, ProgramConfig())
     kinds = [op.kind for op in fused.function("forward_backward").ops()]

@@ -109,7 +109,7 @@ def emulated_gpu() -> str:
         (
             "sm_90a",
             "linear_gelu_forward",
-            lambda call: call.replace("epilogue,", "Epilogue<floatX, floatX>{out, pre, NULL, NULL},"),
+            lambda call: call.replace("epilogue,", "Epilogue<floatX, floatX>{out, slope, NULL, NULL},"),
         ),  # without bias
     ],
 )

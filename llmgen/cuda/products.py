@@ -7,6 +7,7 @@ Plain functions of integers. What comes out is `options["products"]` for the tem
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from llmgen import ops
 from llmgen.config import Config
 from llmgen.cuda import hopper
 from llmgen.cuda.architecture import Architecture
@@ -134,6 +135,11 @@ def uses(graph: Graph) -> dict[Shape, Op]:
         for function in CLASSIFIERS.get(name, (name,) if name in LAYOUTS else ()):
             found.setdefault((function, c, oc), (Shape(function, n, c, oc), op))
     return dict(found.values())
+
+
+def stores_slopes(graph: Graph) -> bool:
+    """Whether the slope of a GELU is kept for the backward, in place of its input (passes/fusion.py)."""
+    return any(op.kind is ops.LINEAR_GELU_SLOPE for function in graph.functions for op in function.ops())
 
 
 @dataclass(frozen=True)

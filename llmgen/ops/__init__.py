@@ -15,8 +15,10 @@ from llmgen.ops.linear import (
     LINEAR,
     LINEAR_BACKWARD_INPUT,
     LINEAR_BACKWARD_INPUT_GELU,
+    LINEAR_BACKWARD_INPUT_SLOPE,
     LINEAR_BACKWARD_WEIGHT,
     LINEAR_GELU,
+    LINEAR_GELU_SLOPE,
 )
 from llmgen.ops.multiply import MULTIPLY, SCALE
 from llmgen.ops.muon import MUON
@@ -49,8 +51,10 @@ __all__ = [
     "LINEAR",
     "LINEAR_BACKWARD_INPUT",
     "LINEAR_BACKWARD_INPUT_GELU",
+    "LINEAR_BACKWARD_INPUT_SLOPE",
     "LINEAR_BACKWARD_WEIGHT",
     "LINEAR_GELU",
+    "LINEAR_GELU_SLOPE",
     "MULTIPLY",
     "MUON",
     "POSITION_EMBEDDING",

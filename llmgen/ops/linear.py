@@ -109,6 +109,17 @@ class LinearGelu(Kind):
         return {"out": gelu(pre), "pre": pre}
 
 
+class LinearGeluSlope(LinearGelu):
+    """The same, leaving slope = gelu'(pre) in place of pre: the backward multiplies by it, and need not compute it."""
+
+    outputs = ("out", "slope")
+    signature = ("out", "slope", "inp", "weight", "bias", "n", "c", "oc")
+
+    def reference(self, op, x):
+        made = super().reference(op, x)
+        return {"out": made["out"], "slope": gelu_derivative(made["pre"])}
+
+
 class LinearBackwardInputGelu(LinearBackwardInput):
     """dinp = dout weight * gelu'(pre): the gradient passes the linear layer and the GELU before it.
 
@@ -126,8 +137,21 @@ class LinearBackwardInputGelu(LinearBackwardInput):
         return {"dinp": dinp, "dsum": dinp.reshape(-1, dinp.shape[-1]).sum(axis=0)}
 
 
+class LinearBackwardInputSlope(LinearBackwardInputGelu):
+    """The same where the forward left slope = gelu'(pre)."""
+
+    inputs = ("dout", "weight", "slope")
+    signature = ("dinp", "dout", "weight", "slope", "n", "c", "oc", "dsum", "accumulate")
+
+    def reference(self, op, x):
+        dinp = x["dout"] @ x["weight"] * x["slope"]
+        return {"dinp": dinp, "dsum": dinp.reshape(-1, dinp.shape[-1]).sum(axis=0)}
+
+
 LINEAR = Linear()
 LINEAR_BACKWARD_INPUT = LinearBackwardInput()
 LINEAR_BACKWARD_INPUT_GELU = LinearBackwardInputGelu()
+LINEAR_BACKWARD_INPUT_SLOPE = LinearBackwardInputSlope()
 LINEAR_BACKWARD_WEIGHT = LinearBackwardWeight()
 LINEAR_GELU = LinearGelu()
+LINEAR_GELU_SLOPE = LinearGeluSlope()

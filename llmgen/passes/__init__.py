@@ -19,9 +19,9 @@ def for_target(graph: Graph, target: str, chunk: int, program: ProgramConfig, wg
         function = fusion.add_into(function)
         function = fusion.linear_gelu(function)
         function = fusion.linear_backward_gelu(function)
-        function = fusion.classifier(function, chunk)
-        if target == "cuda":
-            function = fusion.bias_sums(function, fusion.SUMMING[:1] if wgmma else fusion.SUMMING)
-        functions.append(function)
+        functions.append(fusion.classifier(function, chunk))
+    if target == "cuda":
+        summing = fusion.SUMMING[:1] if wgmma else fusion.SUMMING
+        functions = [fusion.bias_sums(function, summing) for function in fusion.gelu_slopes(functions)]
     graph = Graph(graph.parameters, tuple(functions))
     return precision.bf16(graph, program.residual_precision) if program.precision == "bf16" else graph

@@ -4,7 +4,7 @@ They run on the graph with gradients, so a fusion may move backward ops of the h
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmgen import ops
 from llmgen.graph import Dim, Function, Kind, Op, Segment, Tensor
@@ -80,7 +80,34 @@ def linear_backward_gelu(function: Function) -> Function:
     return _rewrite(function, rewrite)
 
 
-SUMMING = (ops.LAYERNORM_BACKWARD, ops.LINEAR_BACKWARD_INPUT_GELU)  # can sum what they write over the rows, as "dsum"
+def gelu_slopes(functions: list[Function]) -> list[Function]:
+    """Where a GELU's input is kept for its own backward alone, its slope is kept instead: an epilogue of the forward has x and
+    the exponential at hand, and one of the backward then only multiplies. All GELUs of a program, or none."""
+    changed = []
+    for function in functions:
+        made = {op.outputs["pre"].name: op for op in function.ops() if op.kind is ops.LINEAR_GELU and "pre" in op.outputs}
+        readers = [op for op in function.ops() if op.kind is ops.LINEAR_BACKWARD_INPUT_GELU]
+        counts = _uses(function)
+        if {op.inputs["pre"].name for op in readers} != made.keys() or any(counts[name] != 1 for name in made):
+            return functions
+        slopes = {op.outputs["pre"]: replace(op.outputs["pre"], name=f"{name}_slope") for name, op in made.items()}
+
+        def with_slope(op: Op, slopes=slopes) -> Op:
+            if op.kind is ops.LINEAR_GELU and "pre" in op.outputs:
+                outputs = {"out": op.outputs["out"], "slope": slopes[op.outputs["pre"]]}
+                return Op(ops.LINEAR_GELU_SLOPE, op.inputs, outputs, op.attrs)
+            if op.kind is ops.LINEAR_BACKWARD_INPUT_GELU:
+                inputs = {"slope" if key == "pre" else key: slopes.get(t, t) for key, t in op.inputs.items()}
+                return Op(ops.LINEAR_BACKWARD_INPUT_SLOPE, inputs, op.outputs, op.attrs)
+            return op
+
+        segments = [segment.replace(ops=tuple(map(with_slope, segment.ops))) for segment in function.segments]
+        changed.append(function.replace(segments=tuple(segments)))
+    return changed
+
+
+# These can sum what they write over the rows, as "dsum".
+SUMMING = (ops.LAYERNORM_BACKWARD, ops.LINEAR_BACKWARD_INPUT_GELU, ops.LINEAR_BACKWARD_INPUT_SLOPE)
 
 
 def bias_sums(function: Function, summing: tuple[Kind, ...] = SUMMING) -> Function:

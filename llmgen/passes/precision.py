@@ -15,8 +15,10 @@ CARRIED = (ops.POSITION_EMBEDDING, ops.SCALE, ops.COPY)  # whose input is of the
 OPERANDS = {  # of matrix products
     ops.LINEAR: ("inp",),
     ops.LINEAR_GELU: ("inp",),
+    ops.LINEAR_GELU_SLOPE: ("inp",),
     ops.LINEAR_BACKWARD_INPUT: ("dout",),
     ops.LINEAR_BACKWARD_INPUT_GELU: ("dout",),
+    ops.LINEAR_BACKWARD_INPUT_SLOPE: ("dout",),
     ops.LINEAR_BACKWARD_WEIGHT: ("dout", "inp"),
 }
 
