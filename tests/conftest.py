@@ -26,8 +26,11 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Where kernels are compiled, once for all tests."""
-    return tmp_path_factory.mktemp("cuda")
+    """Where kernels are compiled, once for all tests, those of other workers included."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 @pytest.fixture

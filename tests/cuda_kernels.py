@@ -13,6 +13,7 @@ memory and the turns there are zones that nobody may write; the turns must be ze
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -158,17 +159,20 @@ def build(folder: Path, device: str, *args, machine: str | None = None, races: b
 
 def compile_text(folder: Path, device: str, text: str, machine: str | None = None, races: bool = False) -> Path:
     key = hashlib.sha256(f"{device} {machine} {races} {text}".encode()).hexdigest()[:16]
-    path, library = folder / f"{key}.cu", folder / f"{key}.so"
-    if not library.exists():
+    library = folder / f"{key}.so"
+    if not library.exists():  # a worker beside this one may compile it too
+        name = f"{key}_{os.getpid()}"
+        path, compiled = folder / f"{name}.cu", folder / f"{name}.so"
         path.write_text(text)
         if device == "emulator":
-            emulator.compile(path, library, shared=True, races=races)
+            emulator.compile(path, compiled, shared=True, races=races)
         else:
             flags = architecture.resolve(machine, "fp32").flags
             command = ["nvcc", *flags, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static"]
-            done = subprocess.run([*command, str(path), "-o", str(library)], capture_output=True, text=True)
+            done = subprocess.run([*command, str(path), "-o", str(compiled)], capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)} {path}\n{done.stderr[:6000]}")
+        compiled.replace(library)
     return library
 
 

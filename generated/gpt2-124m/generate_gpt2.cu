@@ -494,7 +494,7 @@ __device__ __forceinline__ float gelu_exp(float x) {
     return fast_exp(fminf(x * (-1.5957691216f - 0.0713548162726f * x * x), 80.0f));
 }
 
-__device__ __forceinline__ float gelu_value(float x) { return fast_divide(x, 1.0f + gelu_exp(x)); }
+__device__ __forceinline__ float gelu_value(float x) { return x * fast_divide(1.0f, 1.0f + gelu_exp(x)); }
 
 /* ---- matrix products ------------------------------------------------------------------------------------------------
  *
@@ -512,12 +512,12 @@ __device__ __forceinline__ float gelu_value(float x) { return fast_divide(x, 1.0
 enum { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT }; /* layouts */
 enum { ADD, GELU, TIMES_GELU_GRADIENT };           /* what the epilogue does */
 
-/* ADD: out = sum + bias + extra.  GELU: pre = sum + bias, out = gelu(pre).  TIMES_GELU_GRADIENT: out = sum *
- * gelu'(extra). */
+/* ADD: out = sum + bias + extra.  GELU: kept = sum + bias, out = gelu(kept).
+ * TIMES_GELU_GRADIENT: out = sum * gelu'(extra), which is what was kept. */
 template <class Out, class Extra>
 struct Epilogue {
     Out *out;            /* (m, n) */
-    floatX *pre;         /* (m, n) or NULL */
+    floatX *kept;        /* (m, n) or NULL */
     const floatX *bias;  /* (n) or NULL */
     const Extra *extra;  /* (m, n), or NULL with ADD; may be out */
 };
@@ -579,7 +579,7 @@ __device__ __forceinline__ void finish(const Epilogue<Out, Extra> &then, size_t 
         for (int i = 0; i < 4; i++) sum[i] += bias[i];
     }
     if (THEN == GELU) {
-        if (then.pre) store_four<ALIGNED>(then.pre + at, sum, count);
+        if (then.kept) store_four<ALIGNED>(then.kept + at, sum, count);
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] = gelu_value(sum[i]);
     }

@@ -122,7 +122,7 @@ static struct {
     float *ln2_mean;       /* (L, B, T) */
     float *ln2_rstd;       /* (L, B, T) */
     floatX *gelu;          /* (L, B, T, 4*C) */
-    floatX *fc;            /* (L, B, T, 4*C) */
+    floatX *fc_slope;      /* (L, B, T, 4*C) */
     floatX *lnf;           /* (B, T, C) */
     float *lnf_mean;       /* (B, T) */
     float *lnf_rstd;       /* (B, T) */
@@ -776,12 +776,14 @@ __device__ __forceinline__ float gelu_exp(float x) {
     return fast_exp(fminf(x * (-1.5957691216f - 0.0713548162726f * x * x), 80.0f));
 }
 
-__device__ __forceinline__ float gelu_value(float x) { return fast_divide(x, 1.0f + gelu_exp(x)); }
+__device__ __forceinline__ float gelu_value(float x) { return x * fast_divide(1.0f, 1.0f + gelu_exp(x)); }
 
-/* With s = 1 / (1 + exp(-2u)):  gelu'(x) = s + x s (1 - s) 2u' */
-__device__ __forceinline__ float gelu_slope(float x) {
-    const float s = fast_divide(1.0f, 1.0f + gelu_exp(x));
-    return s + x * s * (1.0f - s) * (1.5957691216f + 0.2140644488178f * x * x);
+/* x becomes gelu(x), with the same bits as by gelu_value. With s = 1 / (1 + exp(-2u)), it returns
+ * gelu'(x) = s + x s (1 - s) 2u'. */
+__device__ __forceinline__ float gelu_and_slope(float &x) {
+    const float s = fast_divide(1.0f, 1.0f + gelu_exp(x)), twice_du = 1.5957691216f + 0.2140644488178f * x * x;
+    x *= s;
+    return s + x * (1.0f - s) * twice_du;
 }
 
 /* ---- matrix products ------------------------------------------------------------------------------------------------
@@ -800,12 +802,12 @@ __device__ __forceinline__ float gelu_slope(float x) {
 enum { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT }; /* layouts */
 enum { ADD, GELU, TIMES_GELU_GRADIENT };           /* what the epilogue does */
 
-/* ADD: out = sum + bias + extra.  GELU: pre = sum + bias, out = gelu(pre).  TIMES_GELU_GRADIENT: out = sum *
- * gelu'(extra). */
+/* ADD: out = sum + bias + extra.  GELU: x = sum + bias, out = gelu(x), kept = gelu'(x).
+ * TIMES_GELU_GRADIENT: out = sum * extra, which is what was kept. */
 template <class Out, class Extra>
 struct Epilogue {
     Out *out;            /* (m, n) */
-    floatX *pre;         /* (m, n) or NULL */
+    floatX *kept;        /* (m, n) or NULL */
     const floatX *bias;  /* (n) or NULL */
     const Extra *extra;  /* (m, n), or NULL with ADD; may be out */
 };
@@ -863,15 +865,21 @@ __device__ __forceinline__ void finish(const Epilogue<Out, Extra> &then, size_t 
                                        const float (&bias)[4], const float (&extra)[4]) {
     if (THEN == TIMES_GELU_GRADIENT) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] *= gelu_slope(extra[i]);
+        for (int i = 0; i < 4; i++) sum[i] *= extra[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] += bias[i];
     }
     if (THEN == GELU) {
-        if (then.pre) store_four<ALIGNED>(then.pre + at, sum, count);
+        if (then.kept) {
+            float slope[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = gelu_value(sum[i]);
+            for (int i = 0; i < 4; i++) slope[i] = gelu_and_slope(sum[i]);
+            store_four<ALIGNED>(then.kept + at, slope, count);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[i] = gelu_value(sum[i]);
+        }
     }
     if (THEN == ADD) {
 #pragma unroll
@@ -1192,12 +1200,12 @@ static void matmul(Epilogue<Out, Extra> then, const bf16 *a, const bf16 *b, int 
     cudaCheck(cudaGetLastError());
 }
 
-/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu'(pre); dsum (c) (+)= the sum of dinp over the rows,
+/* dinp (n, c) = dout (n, oc) . weight (oc, c) * gelu', by what was kept; dsum (c) (+)= the sum of dinp over the rows,
  * if not NULL. */
 template <class Tile, bool ALIGNED>
-static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *pre, int n,
+static void gelu_input_gradient(bf16 *dinp, float *dsum, const bf16 *dout, const bf16 *weight, const bf16 *kept, int n,
                                 int c, int oc, int accumulate) {
-    const Epilogue<bf16, bf16> then = {dinp, NULL, NULL, pre};
+    const Epilogue<bf16, bf16> then = {dinp, NULL, NULL, kept};
     float *sums = dsum ? scratch + SUM_PARTS * (size_t)c : NULL;
     matmul<Tile, INPUT_GRADIENT, TIMES_GELU_GRADIENT, ALIGNED>(then, dout, weight, n, c, oc, 1, sums);
     const int rows = (n + Tile::ROWS - 1) / Tile::ROWS * Tile::WARPS_M;
@@ -1593,12 +1601,12 @@ static void linear_forward(Out *out,                                            
     matmul<Tile128x256, FORWARD, ADD, true>(epilogue, inp, weight, n, oc, c);
 }
 
-/* pre = inp . weight^T + bias, and out = gelu(pre) while pre is still at hand. */
-static void linear_gelu_forward(floatX *out, floatX *pre,                /* (n, oc), (n, oc) or NULL */
+/* out = gelu(x) of x = inp . weight^T + bias, and slope = gelu'(x), which is what the backward wants of x. */
+static void linear_gelu_forward(floatX *out, floatX *slope,              /* (n, oc), (n, oc) or NULL */
                                 const floatX *inp, const floatX *weight, /* (n, c), (oc, c) */
                                 const floatX *bias,                      /* (oc) or NULL */
                                 int n, int c, int oc) {
-    const Epilogue<floatX, floatX> epilogue = {out, pre, bias, NULL};
+    const Epilogue<floatX, floatX> epilogue = {out, slope, bias, NULL};
     matmul<Tile128x256, FORWARD, GELU, true>(epilogue, inp, weight, n, oc, c);
 }
 
@@ -1611,12 +1619,12 @@ static void linear_backward_input(Out *dinp,                                /* (
     matmul<Tile128x256, INPUT_GRADIENT, ADD, true>(epilogue, dout, weight, n, c, oc);
 }
 
-/* dinp = dout . weight * gelu'(pre), while it is still at hand; dsum += the sum of dinp over the rows. */
+/* dinp = dout . weight * slope, while it is still at hand; dsum += the sum of dinp over the rows. */
 static void linear_backward_input_gelu(floatX *dinp,                             /* (n, c) */
                                        const floatX *dout, const floatX *weight, /* (n, oc), (oc, c) */
-                                       const floatX *pre,                        /* (n, c) */
+                                       const floatX *slope,                      /* (n, c) */
                                        int n, int c, int oc, float *dsum = NULL, int accumulate = 0) { /* dsum (c) */
-    gelu_input_gradient<Tile128x128, true>(dinp, dsum, dout, weight, pre, n, c, oc, accumulate);
+    gelu_input_gradient<Tile128x128, true>(dinp, dsum, dout, weight, slope, n, c, oc, accumulate);
 }
 
 /* dweight += dout^T . inp; dbias += the sum of dout over the rows. The last argument: in how many parts the rows are
@@ -2397,7 +2405,7 @@ static void allocate_model(void) {
     acts.ln2_mean = (float *)(workspace + 2452094976);
     acts.ln2_rstd = (float *)(workspace + 2452881408);
     acts.gelu = (floatX *)(workspace + 2453667840);
-    acts.fc = (floatX *)(workspace + 3661627392);
+    acts.fc_slope = (floatX *)(workspace + 3661627392);
     acts.lnf = (floatX *)(workspace + 6517948416);
     acts.lnf_mean = (float *)(workspace + 6568280064);
     acts.lnf_rstd = (float *)(workspace + 6568345600);
@@ -2451,7 +2459,7 @@ static void launch_forward_backward(const int *tokens, const int *targets, float
                        acts.residual + l*BT*C, BT, C, C);
         layernorm_forward(acts.ln2 + l*BT*C, acts.ln2_mean + l*BT, acts.ln2_rstd + l*BT, acts.residual2 + l*BT*C,
                           params.ln2w + l*C, params.ln2b + l*C, BT, C);
-        linear_gelu_forward(acts.gelu + l*BT*4*C, acts.fc + l*BT*4*C, acts.ln2 + l*BT*C, params.fcw + l*4*C*C,
+        linear_gelu_forward(acts.gelu + l*BT*4*C, acts.fc_slope + l*BT*4*C, acts.ln2 + l*BT*C, params.fcw + l*4*C*C,
                             params.fcb + l*4*C, BT, C, 4*C);
         linear_forward(acts.residual + (l + 1)*BT*C, acts.gelu + l*BT*4*C, params.fcprojw + l*C*4*C,
                        params.fcprojb + l*C, acts.residual2 + l*BT*C, BT, 4*C, C);
@@ -2466,8 +2474,8 @@ static void launch_forward_backward(const int *tokens, const int *targets, float
     for (size_t l = L; l-- > 0;) {
         linear_backward_weight(grads.fcprojw + l*C*4*C, grads.fcprojb + l*C, acts.dresidual, acts.gelu + l*BT*4*C, BT,
                                4*C, C, micro_batch > 0);
-        linear_backward_input_gelu(acts.dfc, acts.dresidual, params.fcprojw + l*C*4*C, acts.fc + l*BT*4*C, BT, 4*C, C,
-                                   grads.fcb + l*4*C, micro_batch > 0);
+        linear_backward_input_gelu(acts.dfc, acts.dresidual, params.fcprojw + l*C*4*C, acts.fc_slope + l*BT*4*C, BT,
+                                   4*C, C, grads.fcb + l*4*C, micro_batch > 0);
         linear_backward_weight(grads.fcw + l*4*C*C, NULL, acts.dfc, acts.ln2 + l*BT*C, BT, C, 4*C, micro_batch > 0);
         linear_backward_input(acts.dln2, acts.dfc, params.fcw + l*4*C*C, BT, C, 4*C);
         layernorm_backward(acts.dresidual, grads.ln2w + l*C, grads.ln2b + l*C, acts.dln2, acts.residual2 + l*BT*C,

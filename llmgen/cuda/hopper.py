@@ -104,8 +104,6 @@ WEIGHT_TILES = (
     Tile(False, 3, 64, 192, 2, 1, 4, 2),
     Tile(False, 3, 64, 192, 1, 2, 4, 2),
     Tile(False, 3, 64, 160, 1, 2, 4, 2),
-    Tile(False, 2, 64, 256, 2, 1, 4, 2),
-    Tile(False, 2, 64, 256, 1, 2, 4, 2),
     Tile(False, 2, 128, 192, 1, 2, 4, 2),
     Tile(False, 2, 128, 160, 1, 2, 4, 2),
     Tile(False, 2, 128, 128, 1, 2, 4, 2),
