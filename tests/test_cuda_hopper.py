@@ -58,6 +58,7 @@ def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile,
         machine="sm_90a",
         options={"products": only(TILES[tile], parts), "slopes": slopes},
         scratch=4 << 20,
+        races=hopper_device == "emulator" and parts == "3, IN_TURN",
     )
     for shape in SHAPES:
         check(made, "bf16", *shape, slopes=slopes)
