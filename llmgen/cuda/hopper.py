@@ -25,7 +25,7 @@ LEAST_STEPS = 16  # of a part of k
 MULTIPLICATIONS = 2048  # of one multiprocessor in a cycle
 L2_BYTES = 35.5  # that the L2 cache gives each multiprocessor in a cycle, when all ask
 # What it costs to store a tile, compared with plain bf16.
-STORES = {"linear_forward": 1, "linear_gelu_forward": 3, "linear_backward_input": 1, "linear_backward_input_gelu": 4.5}
+STORES = {"linear_forward": 1, "linear_gelu_forward": 3, "linear_backward_input": 1, "linear_backward_input_gelu": 2}
 WEIGHT_GRADIENT = "linear_backward_weight"
 PRODUCTS = {"linear_backward_input_gelu": "gelu_input_gradient_sm90", WEIGHT_GRADIENT: "weight_gradient_sm90"}
 BY_K = {  # function -> whether k is contiguous in memory in a, and in b
