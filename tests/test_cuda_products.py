@@ -13,12 +13,13 @@ from llmgen.ops.activation import gelu, gelu_derivative
 MODEL = ModelConfig(1, 2, 16, 50, 16, 2, 8, 64)
 X, IN = "floatX *", "const floatX *"
 SIZES = "int n, int c, int oc"
+SUMS = ", float *dsum, int accumulate"
 FUNCTIONS = {
     "linear_forward": f"{X}out, {IN}inp, {IN}weight, {IN}bias, {IN}addend, {SIZES}",
     "linear_forward_residual": f"linear_forward(floatR *out, {IN}inp, {IN}weight, {IN}bias, const floatR *addend, {SIZES})",
     "linear_gelu_forward": f"{X}out, {X}pre, {IN}inp, {IN}weight, {IN}bias, {SIZES}",
     "linear_backward_input": f"{X}dinp, {IN}dout, {IN}weight, {SIZES}",
-    "linear_backward_input_gelu": f"{X}dinp, {IN}dout, {IN}weight, {IN}pre, {SIZES}, float *dsum, int accumulate",
+    "linear_backward_input_gelu": f"{X}dinp, {IN}dout, {IN}weight, {IN}kept, {SIZES}{SUMS}",
     "linear_backward_weight": f"float *dweight, float *dbias, {IN}dout, {IN}inp, {SIZES}, int accumulate",
 }
 # (n, c, oc): one tile and less, edges of tiles, rows of 200 bytes, odd rows, long sums, one of everything
@@ -41,8 +42,8 @@ def library(folder, device, precision, chosen, slopes=True):
     )
 
 
-def check(library, precision, n, c, oc, seed=0, slopes=True):
-    """slopes: GELU keeps its slope for the backward, else its argument."""
+def check(library, precision, n, c, oc, seed=0, slopes=True, hopper=False):
+    """slopes: GELU keeps its slope for the backward, else its argument. hopper: of its gradient no columns are summed."""
     rng = np.random.default_rng(seed)
 
     def values(*shape):
@@ -83,14 +84,15 @@ def check(library, precision, n, c, oc, seed=0, slopes=True):
     library.linear_backward_input(dinp, dout, weight, n, c, oc)
     close(dinp, product, oc)
     product, dsum = product * (inner if slopes else gelu_derivative(inner.astype(float))), np.full(c, np.nan, np.float32)
-    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, None, 0)
+    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, *(() if hopper else (None, 0)))
     close(dinp, product, oc)
-    dinp[...] = np.nan
-    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, dsum, 0)
-    close(dinp, product, oc)
-    close(dsum, product.sum(axis=0), n * oc, "fp32")
-    library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, dsum, 1)
-    close(dsum, 2 * product.sum(axis=0), n * oc, "fp32")
+    if not hopper:
+        dinp[...] = np.nan
+        library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, dsum, 0)
+        close(dinp, product, oc)
+        close(dsum, product.sum(axis=0), n * oc, "fp32")
+        library.linear_backward_input_gelu(dinp, dout, weight, inner, n, c, oc, dsum, 1)
+        close(dsum, 2 * product.sum(axis=0), n * oc, "fp32")
 
     dweight, dbias = np.full((oc, c), np.nan, np.float32), np.full(oc, np.nan, np.float32)
     product, sums = dout.T.astype(float) @ inp.astype(float), dout.astype(float).sum(axis=0)

@@ -19,7 +19,6 @@ MEASURED = ("measured_h100.toml", "measured_h200.toml")  # what was measured, as
 STEP = 64  # of k
 SHARED_LIMIT = 232448  # bytes of a block
 SCRATCH_LIMIT = 128 << 20  # bytes for the parts of a weight gradient
-SUM_PARTS = 64  # of the rows, for the sums of columns: as column_sums in gemm.j2
 MULTIPROCESSORS = 132
 LEAST_STEPS = 16  # of a part of k
 MULTIPLICATIONS = 2048  # of one multiprocessor in a cycle
@@ -210,8 +209,6 @@ def write_table(comment: str, rows: Sequence[tuple[str, int, int, int, Choice]])
 
 def scratch_bytes(function: str, n: int, c: int, oc: int, choice: Choice) -> int:
     """Parts of a weight gradient that are stored apart, and sums of columns."""
-    if function == "linear_backward_input_gelu":
-        return 4 * c * (SUM_PARTS + 4 * -(-n // choice.tile.rows))
     if function != WEIGHT_GRADIENT:
         return 0
     weights = choice.parts * oc * c if choice.apart else 0
