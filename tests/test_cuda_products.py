@@ -17,7 +17,7 @@ SUMS = ", float *dsum, int accumulate"
 FUNCTIONS = {
     "linear_forward": f"{X}out, {IN}inp, {IN}weight, {IN}bias, {IN}addend, {SIZES}",
     "linear_forward_residual": f"linear_forward(floatR *out, {IN}inp, {IN}weight, {IN}bias, const floatR *addend, {SIZES})",
-    "linear_gelu_forward": f"{X}out, {X}pre, {IN}inp, {IN}weight, {IN}bias, {SIZES}",
+    "linear_gelu_forward": f"{X}out, {X}kept, {IN}inp, {IN}weight, {IN}bias, {SIZES}",
     "linear_backward_input": f"{X}dinp, {IN}dout, {IN}weight, {SIZES}",
     "linear_backward_input_gelu": f"{X}dinp, {IN}dout, {IN}weight, {IN}kept, {SIZES}{SUMS}",
     "linear_backward_weight": f"float *dweight, float *dbias, {IN}dout, {IN}inp, {SIZES}, int accumulate",

@@ -771,17 +771,16 @@ __device__ __forceinline__ float fast_divide(float a, float b) {
 
 /* ---- GELU: x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3), which equals x / (1 + exp(-2u)) --------- */
 
-/* exp(-2u), kept finite. */
-__device__ __forceinline__ float gelu_exp(float x) {
-    return fast_exp(fminf(x * (-1.5957691216f - 0.0713548162726f * x * x), 80.0f));
+/* s = 1 / (1 + exp(-2u)), the exponential kept finite. */
+__device__ __forceinline__ float gelu_factor(float x) {
+    return fast_divide(1.0f, 1.0f + fast_exp(fminf(x * (-1.5957691216f - 0.0713548162726f * x * x), 80.0f)));
 }
 
-__device__ __forceinline__ float gelu_value(float x) { return x * fast_divide(1.0f, 1.0f + gelu_exp(x)); }
+__device__ __forceinline__ float gelu_value(float x) { return x * gelu_factor(x); }
 
-/* x becomes gelu(x), with the same bits as by gelu_value. With s = 1 / (1 + exp(-2u)), it returns
- * gelu'(x) = s + x s (1 - s) 2u'. */
+/* x becomes gelu(x), with the same bits as by gelu_value; returns gelu'(x) = s + x s (1 - s) 2u'. */
 __device__ __forceinline__ float gelu_and_slope(float &x) {
-    const float s = fast_divide(1.0f, 1.0f + gelu_exp(x)), twice_du = 1.5957691216f + 0.2140644488178f * x * x;
+    const float s = gelu_factor(x), twice_du = 1.5957691216f + 0.2140644488178f * x * x;
     x *= s;
     return s + x * (1.0f - s) * twice_du;
 }

@@ -95,10 +95,10 @@ def gelu_slopes(functions: list[Function]) -> list[Function]:
         def with_slope(op: Op, slopes=slopes) -> Op:
             if op.kind is ops.LINEAR_GELU and "pre" in op.outputs:
                 outputs = {"out": op.outputs["out"], "slope": slopes[op.outputs["pre"]]}
-                return Op(ops.LINEAR_GELU_SLOPE, op.inputs, outputs, op.attrs)
+                return op.replace(kind=ops.LINEAR_GELU_SLOPE, outputs=outputs)
             if op.kind is ops.LINEAR_BACKWARD_INPUT_GELU:
                 inputs = {"slope" if key == "pre" else key: slopes.get(t, t) for key, t in op.inputs.items()}
-                return Op(ops.LINEAR_BACKWARD_INPUT_SLOPE, inputs, op.outputs, op.attrs)
+                return op.replace(kind=ops.LINEAR_BACKWARD_INPUT_SLOPE, inputs=inputs)
             return op
 
         segments = [segment.replace(ops=tuple(map(with_slope, segment.ops))) for segment in function.segments]

@@ -3,7 +3,8 @@
 - cheap: what is read from memory once and written once, norms and activations. What they are computed from is kept anyway.
 - block: everything in a block, from what the block was handed. One layer's activations exist at a time.
 
-The same functions compute the same bits, so results do not change.
+The same functions compute the same bits from the same values, so results do not change. One exception: where a product's
+epilogue makes GELU's value on a GPU in bf16, `cheap` makes it again from its argument rounded to bf16.
 """
 
 from llmgen import ops
