@@ -20,6 +20,8 @@ TILES = {
     "joint, a shared": hopper.Tile(False, 2, 128, 192, 1, 2, 3, 2),
     "joint, 128 columns": hopper.Tile(False, 2, 128, 128, 1, 2, 4, 2),
     "three consumers": hopper.Tile(False, 3, 64, 192, 2, 1, 3, 2),
+    "transposed": hopper.Tile(False, 2, 128, 160, 1, 2, 3, 2, transposed=True),
+    "transposed, b shared": hopper.Tile(False, 3, 64, 192, 2, 1, 3, 2, transposed=True),
     "alone": hopper.Tile(False, 1, 64, 64, 1, 1, 4, 2),
 }
 

@@ -48,10 +48,11 @@ class Tile:
     cluster_n: int
     stages: int  # of the ring
     buffers: int  # of each consumer, for 64 x 64 values of out
+    transposed: bool = False  # of a weight gradient: rows of the tile are columns of out
 
     @property
     def name(self) -> str:
-        kind = "Pingpong" if self.pingpong else "Joint"
+        kind = ("Transposed" if self.transposed else "") + ("Pingpong" if self.pingpong else "Joint")
         return f"{kind}{self.tile_rows}x{self.columns}_{self.cluster_m}x{self.cluster_n}_{self.stages}_{self.buffers}"
 
     @property
@@ -106,6 +107,9 @@ WEIGHT_TILES = (
     Tile(False, 2, 128, 192, 1, 2, 4, 2),
     Tile(False, 2, 128, 160, 1, 2, 4, 2),
     Tile(False, 2, 128, 128, 1, 2, 4, 2),
+    Tile(False, 2, 128, 192, 1, 2, 4, 2, transposed=True),
+    Tile(False, 2, 128, 160, 1, 2, 4, 2, transposed=True),
+    Tile(False, 3, 64, 160, 1, 2, 4, 2, transposed=True),
     Tile(False, 1, 64, 64, 1, 1, 8, 2),
 )
 
@@ -131,6 +135,7 @@ def candidates(function: str, m: int, n: int, k: int) -> list[Choice]:
 def cycles(function: str, m: int, n: int, k: int, choice: Choice) -> float:
     """A block's cycles, to about a tenth: what its units multiply or load, and of their stores what nothing hides."""
     tile, parts = choice.tile, choice.parts
+    m, n = (n, m) if tile.transposed else (m, n)
     wide, high = tile.columns * tile.cluster_n, tile.tile_rows * tile.cluster_m
     units = -(-m // high) * -(-n // wide) * parts
     each = -(-units // (MULTIPROCESSORS // (tile.cluster_m * tile.cluster_n)))  # units of one block, one behind the other
@@ -203,7 +208,8 @@ def write_table(comment: str, rows: Sequence[tuple[str, int, int, int, Choice]])
         lines.append(f'    {{ function = "{function}", n = {n}, c = {c}, oc = {oc}, tile = "{name}"{parts}{apart} }},')
     lines.append("]")
     for tile in dict.fromkeys(choice.tile for *_, choice in rows):
-        lines += ["", f"[tiles.{names[tile]}]", *(f"{key} = {str(value).lower()}" for key, value in asdict(tile).items())]
+        stated = {key: value for key, value in asdict(tile).items() if key != "transposed" or value}
+        lines += ["", f"[tiles.{names[tile]}]", *(f"{key} = {str(value).lower()}" for key, value in stated.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -211,18 +217,20 @@ def scratch_bytes(function: str, n: int, c: int, oc: int, choice: Choice) -> int
     """Parts of a weight gradient that are stored apart, and sums of columns."""
     if function != WEIGHT_GRADIENT:
         return 0
-    weights = choice.parts * oc * c if choice.apart else 0
-    return 4 * (weights + choice.parts * -(-c // choice.tile.columns) * oc)
+    tile, weights = choice.tile, choice.parts * oc * c if choice.apart else 0
+    return 4 * (weights + choice.parts * -(-c // (tile.tile_rows if tile.transposed else tile.columns)) * oc)
 
 
 def turns(function: str, c: int, oc: int, choice: Choice) -> int:
     """Counters: one for 16 rows of each tile of a weight gradient whose parts are added in turn."""
     if function != WEIGHT_GRADIENT or choice.parts == 1 or choice.apart:
         return 0
-    return -(-oc // 16) * -(-c // choice.tile.columns)
+    rows, columns = (c, oc) if choice.tile.transposed else (oc, c)
+    return -(-rows // 16) * -(-columns // choice.tile.columns)
 
 
 def options(tiles: Iterable[Tile]) -> dict:
     """What the template needs: the tiles in use, and their widths."""
     ordered = sorted(set(tiles), key=lambda tile: (not tile.pingpong, -tile.tile_rows, -tile.columns, tile.name))
-    return {"tiles": ordered, "columns": sorted({tile.columns for tile in ordered})}
+    columns = sorted({tile.columns for tile in ordered})
+    return {"tiles": ordered, "columns": columns, "transposed": any(tile.transposed for tile in ordered)}

@@ -91,9 +91,9 @@ def _checked(row: dict) -> Result:
     if found.function not in products.LAYOUTS or found.kernels not in ("wgmma", "mma", "floats"):
         raise ValueError(f"{found.function} by {found.kernels}")
     if found.kernels == "wgmma":
-        for f in fields(hopper.Tile):
-            if type(found.tile[f.name]) is not f.type:
-                raise ValueError(f"{f.name} = {found.tile[f.name]!r} of a tile")
+        for name, value in asdict(found.choice.tile).items():
+            if type(value) is not hopper.Tile.__annotations__[name]:
+                raise ValueError(f"{name} = {value!r} of a tile")
         if found.choice.tile.shared_bytes(found.function) > hopper.SHARED_LIMIT:
             raise ValueError("a tile that does not fit in shared memory")
     return found
