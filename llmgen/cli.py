@@ -267,12 +267,18 @@ def verify(**choices):
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Steps in each run.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Runs of each, in turns.")
 @click.option("--compile", "modes", default="default", show_default=True, metavar="MODES", help="Of torch.compile, on a GPU.")
-def bench(against, steps, rounds, modes, **choices):
+@click.option("--energy", is_flag=True, help="On a GPU: each op's power, clock and energy instead.")
+def bench(against, steps, rounds, modes, energy, **choices):
     """Times each op and the whole training step, alone or beside PyTorch."""
     from llmgen import bench, bench_gpu, program
+    from llmgen import energy as energies
 
     config = program.config(**choices)
-    if choices["target"] == "cuda":
+    if energy and choices["target"] != "cuda":
+        raise UserError("--energy is of a GPU; add --target cuda, or leave it out")
+    if energy:
+        energies.bench(config, program.machine(config, choices["arch"], choices["tuned"]), click.echo)
+    elif choices["target"] == "cuda":
         arch = program.machine(config, choices["arch"], choices["tuned"])
         bench_gpu.bench(config, arch, against, [m for m in modes.split(",") if m], steps, rounds, click.echo)
     else:
@@ -286,7 +292,7 @@ def bench(against, steps, rounds, modes, **choices):
 @click.option("--batch-size", type=int, metavar="N", help="Sequences in a training micro-batch.")
 @click.option("--seq-len", type=int, metavar="N", help="Tokens in each of them.")
 @click.option("--precision", metavar="P", help="bf16 or fp32.")
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, metavar="N", help="Measurements of the best.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Measurements of the best.")
 @click.option("--export", metavar="FILE", help="Writes all that is kept for this GPU as a table like those that ship.")
 @click.option("--out", metavar="DIR", help="The folder for the programs that try the kernels, instead of the cache.")
 @click.option("--compile-only", is_flag=True, help="Only writes and compiles them; this needs no GPU.")

@@ -3,7 +3,8 @@
 - A program for each function of products (templates/tune.cu.j2) holds its kernels with all their tiles; the shapes are told to
   it, so it serves every config. It computes what each product must be by a plain kernel; a candidate is timed only after all of
   its results were found right, twice.
-- All candidates are timed once; the best, and what llmgen would take anyway, then in several rounds, in shuffled order.
+- All candidates are timed once; the best, and what llmgen would take anyway, then in several rounds, in shuffled order, each
+  time for long enough that the card is at its power limit: what is fastest cool may not be in a training step.
 - A candidate that fails or is wrong is reported and left out. If it faults or hangs, its tile is left out from then on, and the
   program is started again. Winners are kept as soon as a product is done.
 """
@@ -32,10 +33,12 @@ from llmgen.formats import files
 from llmgen.plan import Plan
 
 Choice = products.Choice | hopper.Choice
-BURST = 1.5  # milliseconds of one measurement, at least
-MOST_CALLS = 100
+BURST = 60.0  # milliseconds of one measurement: the card's clock follows its power within that time, as in a training step
+WARM_UP = 200.0  # milliseconds before the first of a product
+SHORT = 0.02  # milliseconds of a call that does not bring the card to its power limit: of such, SHORT_CALLS are measured
+SHORT_CALLS = 100
 FINALISTS = 10  # that go into the rounds
-WORTH = 1.004  # so much faster a candidate must be to take the place of what ships
+WORTH = 1.01  # so much faster a candidate must be to take the place of what ships
 PATIENCE = 30.0  # seconds for an answer
 
 
@@ -343,13 +346,14 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
     finalists = [*sorted(first, key=first.get)[:FINALISTS], *(choice for choice in (model, shipped) if choice in first)]
     times: dict[Choice, list[float]] = {choice: [] for choice in finalists}
     order, dice = list(times), random.Random(0)
+    if order:
+        ask("time", order[0], _calls(WARM_UP, first[order[0]]))
     for _ in range(rounds):
         dice.shuffle(order)
         for choice in list(order):
             if choice.tile in tuner.lost:
                 continue
-            calls = min(MOST_CALLS, math.ceil(BURST / max(first[choice], 1e-6)))
-            milliseconds = ask("time", choice, calls)
+            milliseconds = ask("time", choice, _calls(BURST, first[choice]))
             if milliseconds is None:
                 order.remove(choice)
             else:
@@ -359,6 +363,10 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
         write(f"{product.title}: no candidate works")
         return None
     return Tuned(product, model, shipped, times, len(every) - len(first))
+
+
+def _calls(milliseconds: float, each: float) -> int:
+    return math.ceil(milliseconds / each) if each > SHORT else SHORT_CALLS
 
 
 def named(choice: Choice) -> str:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import emulator
 import pytest
 
-from llmgen import bench_gpu, toolchain
+from llmgen import bench_gpu, energy, toolchain
 from llmgen import config as configs
 from llmgen.cuda import architecture
+from llmgen.errors import UserError
 
 SMALL = {"num_layers": 1, "num_heads": 2, "channels": 32, "max_seq_len": 16, "batch_size": 1, "seq_len": 16}
 
@@ -50,6 +51,46 @@ def test_it_times_every_op_and_the_step(emulated):
     (step,) = [line for line in lines if line.startswith("ours ")]
     milliseconds, tokens_per_second = float(step.split()[1]), float(step.split()[3].replace(",", ""))
     assert tokens_per_second == pytest.approx(1e3 * 16 / milliseconds, rel=0.02)
+
+
+class Meter(energy.Meter):
+    """A card of 600 W at 1500 MHz whose counter moves every hundredth of a second."""
+
+    def __init__(self):
+        super().__init__()
+        self.readings = 0
+
+    def _call(self, name, *arguments):
+        if name == "nvmlDeviceGetTotalEnergyConsumption":
+            arguments[1]._obj.value = int(time.monotonic() * 100) * 6000
+        elif name == "nvmlDeviceGetClockInfo":
+            arguments[2]._obj.value = 1500
+
+
+def test_the_energy_of_every_op(emulated, monkeypatch):
+    monkeypatch.setattr(energy, "HEAT", 0.02)
+    monkeypatch.setattr(energy, "WINDOW", 0.15)
+    monkeypatch.setattr(energy, "LOOK", 0.001)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda name: None)
+    lines = []
+    config = configs.load("gpt2-nano", target="cuda", overrides=SMALL)
+    energy.bench(config, "sm_80", lines.append, Meter)
+    rows = [line.split() for line in lines]
+    ops = rows[1:-1]
+    assert {"attention_backward", "layernorm_forward", "linear_backward_weight"} <= {row[0] for row in ops}
+    for row in ops:
+        calls, microseconds, watts, clock, millijoules, milliseconds, joules = map(float, row[2:])
+        assert watts == pytest.approx(600, rel=0.1) and clock == 1500
+        assert millijoules == pytest.approx(microseconds * 1e-3 * watts, rel=0.02, abs=0.01)
+        assert milliseconds == pytest.approx(calls * microseconds * 1e-3, rel=0.02, abs=1e-3)
+        assert joules == pytest.approx(milliseconds * 1e-3 * watts, rel=0.02, abs=1e-3)
+    assert float(rows[-1][-1]) == pytest.approx(sum(float(row[-1]) for row in ops), abs=1e-2)
+
+
+def test_energy_without_counters_is_one_line(emulated):
+    config = configs.load("gpt2-nano", target="cuda", overrides=SMALL)
+    with pytest.raises(UserError, match="there is no libnvidia-ml"):
+        energy.bench(config, "sm_80", lambda line: None)
 
 
 def test_what_pytorch_is_asked_for(monkeypatch):

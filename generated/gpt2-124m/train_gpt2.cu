@@ -590,14 +590,14 @@ constexpr int pack_width(int c) {
     return width;
 }
 
-/* How many warps share a row of c: as few lanes idle as can be, and no thread has more than 24 values (unless 32 warps do
+/* How many warps share a row of c: as few lanes idle as can be, and no thread has more than `most` values (unless 32 warps do
  * not suffice for that), since these lie in registers. */
-constexpr int row_warps(int c) {
+constexpr int row_warps(int c, int most) {
     const int packs = c / pack_width(c);
     int best = 32, least_slots = 1 << 30;
     for (int warps = 1; warps <= 32; warps++) {
         const int each = (packs + 32 * warps - 1) / (32 * warps);
-        if (each * pack_width(c) > 24 || each * warps >= least_slots) continue;
+        if (each * pack_width(c) > most || each * warps >= least_slots) continue;
         best = warps;
         least_slots = each * warps;
     }
@@ -607,7 +607,7 @@ constexpr int row_warps(int c) {
 /* A row of C channels: pack k of a thread starts at channel (k * ROW_THREADS + thread) * ROW_WIDTH. */
 enum {
     ROW_WIDTH = pack_width(C),
-    ROW_THREADS = 32 * row_warps(C),
+    ROW_THREADS = 32 * row_warps(C, 24),
     ROW_PACKS = (C + ROW_THREADS * ROW_WIDTH - 1) / (ROW_THREADS * ROW_WIDTH), /* of a thread */
     BLOCK_ROWS = ROW_THREADS == 32 ? 4 : 1,                                    /* rows that a block has at a time */
     ROW_BLOCK = BLOCK_ROWS * ROW_THREADS,                                      /* threads of such a block */
@@ -617,6 +617,16 @@ enum {
 __device__ __forceinline__ bool in_row(int i) { return ROW_THREADS * ROW_PACKS * ROW_WIDTH == C || i < C; }
 
 static int row_blocks(int n) { return (n + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+
+/* The same for a norm's forward. It keeps nothing but the row in registers, so that a thread may have more of it: mostly one
+ * warp has the row, and no warp waits for another. */
+enum {
+    NORM_ROW_THREADS = 32 * row_warps(C, 64),
+    NORM_ROW_PACKS = (C + NORM_ROW_THREADS * ROW_WIDTH - 1) / (NORM_ROW_THREADS * ROW_WIDTH),
+    NORM_BLOCK_ROWS = NORM_ROW_THREADS == 32 ? 4 : 1, /* of a block */
+    NORM_ROW_BLOCK = NORM_BLOCK_ROWS * NORM_ROW_THREADS,
+};
+__device__ __forceinline__ bool in_norm_row(int i) { return NORM_ROW_THREADS * NORM_ROW_PACKS * ROW_WIDTH == C || i < C; }
 
 /* The sum over the lanes of a warp, for each of them, in the same order always. */
 template <class Value>
@@ -643,19 +653,19 @@ __device__ __forceinline__ Value block_sum(Value x) {
     return sum;
 }
 
-/* Each of N numbers summed over the threads of a row; all of these get the sums. */
-template <int N>
+/* Each of N numbers summed over the THREADS of a row; all of these get the sums. */
+template <int THREADS, int N>
 __device__ __forceinline__ void row_sums(float (&x)[N]) {
     for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
-    if (ROW_THREADS == 32) return;
-    __shared__ float warps[ROW_THREADS / 32][N];
+    if (THREADS == 32) return;
+    __shared__ float warps[THREADS / 32][N];
     __syncthreads(); /* all have read the sums before */
     for (int i = 0; i < N; i++)
         if (threadIdx.x % 32 == i) warps[threadIdx.x / 32][i] = x[i];
     __syncthreads();
     for (int i = 0; i < N; i++) {
         x[i] = 0.0f;
-        for (int warp = 0; warp < ROW_THREADS / 32; warp++) x[i] += warps[warp][i];
+        for (int warp = 0; warp < THREADS / 32; warp++) x[i] += warps[warp][i];
     }
 }
 
@@ -1462,31 +1472,31 @@ static void position_embedding_backward(float *dwpe,        /* (rows, c) */
 /* ---- layer norm: out = xhat * weight + bias with xhat = (inp - mean) * rstd, over each row of c channels --------- */
 
 /* A row lies in the registers of its threads, so that it is read once. */
-__global__ void __launch_bounds__(ROW_BLOCK) layernorm_forward_kernel(floatX *out, float *mean, float *rstd, const floatR *inp,
-                                                                      const floatX *weight, const floatX *bias,
-                                                                      int n, int c) {
-    const int row = blockIdx.x * BLOCK_ROWS + threadIdx.x / ROW_THREADS, thread = threadIdx.x % ROW_THREADS;
+__global__ void __launch_bounds__(NORM_ROW_BLOCK)
+    layernorm_forward_kernel(floatX *out, float *mean, float *rstd, const floatR *inp,
+                             const floatX *weight, const floatX *bias, int n, int c) {
+    const int row = blockIdx.x * NORM_BLOCK_ROWS + threadIdx.x / NORM_ROW_THREADS, thread = threadIdx.x % NORM_ROW_THREADS;
     if (row >= n) return;
     const size_t at = (size_t)row * c;
-    Pack<floatR, ROW_WIDTH> x[ROW_PACKS] = {};
-    for (int k = 0; k < ROW_PACKS; k++) {
-        const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (in_row(i)) x[k] = load_pack<ROW_WIDTH>(inp + at + i);
+    Pack<floatR, ROW_WIDTH> x[NORM_ROW_PACKS] = {};
+    for (int k = 0; k < NORM_ROW_PACKS; k++) {
+        const int i = (k * NORM_ROW_THREADS + thread) * ROW_WIDTH;
+        if (in_norm_row(i)) x[k] = load_pack<ROW_WIDTH>(inp + at + i);
     }
     float sum[1] = {0.0f}, squares[1] = {0.0f};
-    for (int k = 0; k < ROW_PACKS; k++)
+    for (int k = 0; k < NORM_ROW_PACKS; k++)
         for (int j = 0; j < ROW_WIDTH; j++) sum[0] += (float)x[k].at[j];
-    row_sums(sum);
+    row_sums<NORM_ROW_THREADS>(sum);
     const float m = sum[0] / c;
-    for (int k = 0; k < ROW_PACKS; k++) {
-        if (!in_row((k * ROW_THREADS + thread) * ROW_WIDTH)) break;
+    for (int k = 0; k < NORM_ROW_PACKS; k++) {
+        if (!in_norm_row((k * NORM_ROW_THREADS + thread) * ROW_WIDTH)) break;
         for (int j = 0; j < ROW_WIDTH; j++) squares[0] += ((float)x[k].at[j] - m) * ((float)x[k].at[j] - m);
     }
-    row_sums(squares);
+    row_sums<NORM_ROW_THREADS>(squares);
     const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON);
-    for (int k = 0; k < ROW_PACKS; k++) {
-        const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
-        if (!in_row(i)) break;
+    for (int k = 0; k < NORM_ROW_PACKS; k++) {
+        const int i = (k * NORM_ROW_THREADS + thread) * ROW_WIDTH;
+        if (!in_norm_row(i)) break;
         const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i), b = load_pack<ROW_WIDTH>(bias + i);
         Pack<floatX, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++)
@@ -1502,7 +1512,8 @@ __global__ void __launch_bounds__(ROW_BLOCK) layernorm_forward_kernel(floatX *ou
 static void layernorm_forward(floatX *out, float *mean, float *rstd, /* (n, c), (n), (n) */
                               const floatR *inp, const floatX *weight, const floatX *bias, /* (n, c), (c), (c) */
                               int n, int c) {
-    layernorm_forward_kernel<<<row_blocks(n), ROW_BLOCK, 0, stream>>>(out, mean, rstd, inp, weight, bias, n, c);
+    const int blocks = (n + NORM_BLOCK_ROWS - 1) / NORM_BLOCK_ROWS;
+    layernorm_forward_kernel<<<blocks, NORM_ROW_BLOCK, 0, stream>>>(out, mean, rstd, inp, weight, bias, n, c);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1549,7 +1560,7 @@ __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_ke
                 sums[1] += d * (float)w[k].at[j] * xhat;
             }
         }
-        row_sums(sums);
+        row_sums<ROW_THREADS>(sums);
         const float mean_g = sums[0] * per_channel, mean_dot = sums[1] * per_channel;
         for (int k = 0; k < ROW_PACKS; k++) {
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;

@@ -141,7 +141,7 @@ def exported(gpu: str, toolkit: str) -> str:
     rows = [r for r in read() if (r.gpu, r.toolkit, r.kernels) == (gpu, toolkit, "wgmma")]
     rows.sort(key=lambda r: (order.index(r.function), -r.n, r.c, r.oc))
     comment = (
-        f"The fastest of the candidates of hopper.py for each product, on {gpu} (CUDA {toolkit}): medians of bursts of a\n"
-        "millisecond and more, without pauses, random normal data, by llmgen tune. function, n, c, oc as in hopper.choose."
+        f"The fastest of the candidates of hopper.py for each product, on {gpu} (CUDA {toolkit}): medians of bursts\n"
+        "at the power limit, random normal data, by llmgen tune. function, n, c, oc as in hopper.choose."
     )
     return hopper.write_table(comment, [(r.function, r.n, r.c, r.oc, r.choice) for r in rows])

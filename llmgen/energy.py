@@ -1,0 +1,165 @@
+"""`llmgen bench --target cuda --energy`: what each op takes of the card's power limit.
+
+At that limit a step lasts as long as its energy does, so joules rank the ops, and not their milliseconds alone. The program is
+rendered once more with a loop around each call: in the second step, half way through its layers, each op runs again and again
+for HEAT and then WINDOW seconds. Meanwhile the driver's counters of the card are read: what it used in WINDOW, and its clock.
+"""
+
+import ctypes
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+from llmgen import program, render, toolchain
+from llmgen.bench import program_command, timed_calls, write_table, write_tokens
+from llmgen.config import Config
+from llmgen.cuda import architecture
+from llmgen.errors import UserError
+from llmgen.plan import Plan
+
+HEAT, WINDOW = 0.3, 0.6  # seconds
+LOOK = 0.01  # seconds between two readings
+LIBRARY = "libnvidia-ml.so.1"  # of the driver
+CLOCK_OF_MULTIPROCESSORS = 1  # in NVML's numbers
+
+LOOP = """
+/* Which calls are repeated, and for how long. A measured op says `op INDEX heated`, then `op INDEX CALLS SECONDS`. */
+static const int op_measured[OPS] = {%(measured)s};
+static int op_seen[OPS], op_now, op_repeats, op_heated, op_left, op_chunk;
+static long op_calls;
+static double op_from;
+static void op_start(int op) {
+    op_now = op, op_repeats = ++op_seen[op] == op_measured[op];
+    op_heated = 0, op_left = 1, op_chunk = 0;
+}
+static int op_more(void) {
+    if (op_left-- > 0) return 1;
+    if (!op_repeats) return 0;
+    cudaStreamSynchronize(stream);
+    const double now = seconds();
+    if (op_chunk == 0) { /* the first call: then one to be timed */
+        op_chunk = 1, op_from = now;
+    } else if (op_chunk == 1) { /* two hundredths of a second at a time */
+        op_chunk = 2 + (int)(0.02 / (now - op_from)), op_from = now, op_calls = 0;
+    } else {
+        op_calls += op_chunk;
+        if (now - op_from >= (op_heated ? %(window)f : %(heat)f)) {
+            if (op_heated)
+                printf("op %%d %%ld %%.6f\\n", op_now, op_calls, now - op_from);
+            else
+                printf("op %%d heated\\n", op_now);
+            fflush(stdout);
+            if (op_heated) return 0;
+            op_heated = 1, op_calls = 0, op_from = now;
+        }
+    }
+    op_left = op_chunk - 1;
+    return 1;
+}
+"""
+
+
+class Meter:
+    """The card's energy counter and clock, read all the time by a thread."""
+
+    def __init__(self):
+        """Raises UserError where the driver's library is missing or counts no energy."""
+        try:
+            self._library = ctypes.CDLL(LIBRARY)
+        except OSError:
+            raise UserError(f"--energy reads the driver's counters, and there is no {LIBRARY}; leave it out") from None
+        self._device = ctypes.c_void_p()
+        self._call("nvmlInit_v2")
+        self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self._device))
+        self._read()
+        self._samples: list[tuple[float, float, int]] = []  # seconds, joules, MHz
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _call(self, name: str, *arguments) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            raise UserError(f"--energy reads the driver's counters, but {name} answers {status} on this card; leave it out")
+
+    def _read(self) -> tuple[float, float, int]:
+        millijoules, clock = ctypes.c_ulonglong(), ctypes.c_uint()
+        self._call("nvmlDeviceGetTotalEnergyConsumption", self._device, ctypes.byref(millijoules))
+        self._call("nvmlDeviceGetClockInfo", self._device, CLOCK_OF_MULTIPROCESSORS, ctypes.byref(clock))
+        return time.monotonic(), millijoules.value * 1e-3, clock.value
+
+    def _run(self) -> None:
+        while not self._over.wait(LOOK):
+            self._samples.append(self._read())
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+    def between(self, start: float, end: float) -> tuple[float, float]:
+        """Watts and MHz from one time.monotonic() to another. The counter moves in ticks: whole ones are counted."""
+        seen = [sample for sample in self._samples if start <= sample[0] <= end]
+        ticks = [b for a, b in pairwise(seen) if b[1] != a[1]]
+        if len(ticks) < 2:
+            raise UserError(f"the card's energy counter moved {len(ticks)} times in {end - start:.2f} s: too seldom to measure")
+        (first, joules, _), (last, more, _) = ticks[0], ticks[-1]
+        return (more - joules) / (last - first), statistics.mean(clock for _, _, clock in seen)
+
+
+def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[], Meter] = Meter) -> None:
+    """Measure the ops of a config on the GPU that is present and write a table. Raises UserError."""
+    if architecture.present() is None:
+        raise UserError("bench --energy needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
+    plan = program.plan(config, "cuda", "native", arch)
+    calls = timed_calls(plan)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_tokens(folder / "tokens.bin", plan, 2)
+        command = program_command(_program(plan, folder), folder, 1)
+        found: dict[int, tuple[float, float, float]] = {}  # op -> seconds of a call, watts, MHz
+        with meter() as reading, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            heated = 0.0
+            for line in child.stdout:
+                match line.split():
+                    case ["op", _, "heated"]:
+                        heated = time.monotonic()
+                    case ["op", op, count, seconds]:
+                        found[int(op)] = (float(seconds) / int(count), *reading.between(heated, time.monotonic()))
+        if child.returncode or len(found) < len(calls):
+            raise UserError(f"the program ended with status {child.returncode} after {len(found)} of {len(calls)} ops")
+    rows, total = [], [0.0, 0.0]
+    repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
+    for at, call in enumerate(calls):
+        (each, watts, clock), times = found[at], repeats[id(call)]
+        total = [total[0] + each * times, total[1] + each * times * watts]
+        figures = [f"{1e6 * each:.1f}", f"{watts:.0f}", f"{clock:.0f}", f"{1e3 * each * watts:.2f}"]
+        in_step = [f"{1e3 * each * times:.3f}", f"{each * times * watts:.3f}"]
+        rows.append([call.function, next(iter(call.op.outputs.values())).name, str(times), *figures, *in_step])
+    rows.append(["all of these", "", "", "", "", "", "", f"{1e3 * total[0]:.3f}", f"{total[1]:.3f}"])
+    write_table(["op", "writes", "calls", "us", "W", "MHz", "mJ", "ms a step", "J a step"], rows, write, text=2)
+
+
+def _program(plan: Plan, folder: Path) -> Path:
+    calls = timed_calls(plan)
+    measured = [block.repeat.size + block.repeat.size // 2 + 1 for block in plan.forward_backward.blocks for _ in block.calls]
+
+    def repeated(call, indent: int = 4) -> str:
+        at = next((i for i, known in enumerate(calls) if known is call), None)
+        if at is None:
+            return render.call(call, indent)
+        return f"for (op_start({at}); op_more();) {{ {render.call(call, indent)} }}"
+
+    head = f"enum {{ OPS = {len(calls)} }};\nstatic void op_start(int op);\nstatic int op_more(void);\n"
+    loop = LOOP % {"measured": ", ".join(map(str, measured)), "heat": HEAT, "window": WINDOW}
+    path = folder / "repeated.cu"
+    path.write_text(head + render.source(plan, repeated) + loop)
+    toolchain.compile(path, folder / "repeated", "cuda", plan.profile)
+    return folder / "repeated"
