@@ -236,8 +236,19 @@ def load(source: str | None, *, target: str = "c", overrides: dict | None = None
 
 
 def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides: dict | None = None) -> Config:
-    """Build a Config from the tables of a TOML file. `source` is named in error messages."""
-    overrides = overrides or {}
+    """Build and check a Config from the tables of a TOML file. `source` is named in error messages."""
+    config = _built(name, raw, source, target, overrides or {})
+    check(config, target, source)
+    if not overrides:
+        return config
+    try:
+        plain = _built(name, raw, source, target, {})
+    except UserError:  # it is whole only with the overrides
+        plain = None
+    return config if config == plain else dataclasses.replace(config, name=f"{name}-{config.hash}")
+
+
+def _built(name: str, raw: dict, source: str, target: str, overrides: dict) -> Config:
     unknown = [key for key in raw if key not in ("family", *TABLES)]
     if unknown:
         raise UserError(f"{source}: unknown table or key '{unknown[0]}'{_nearest(unknown[0], ['family', *TABLES])}")
@@ -272,10 +283,7 @@ def from_tables(name: str, raw: dict, source: str, target: str = "c", overrides:
         tables[table] = kind(**values[table])
     _check_head_size(tables["model"], source)
     tables["model"] = filled(tables["model"])
-    config = Config(name, family, **tables)
-    check(config, target, source)
-    plain = from_tables(name, raw, source, target) if overrides else config
-    return config if config == plain else dataclasses.replace(config, name=f"{name}-{config.hash}")
+    return Config(name, family, **tables)
 
 
 def filled(model: ModelConfig) -> ModelConfig:

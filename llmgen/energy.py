@@ -118,14 +118,14 @@ def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[]
     """Measure the ops of a config on the GPU that is present and write a table. Raises UserError."""
     if architecture.present() is None:
         raise UserError("bench --energy needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
-    plan = program.plan(config, "cuda", "native", arch)
+    plan, reading = program.plan(config, "cuda", "native", arch), meter()
     calls = timed_calls(plan)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_tokens(folder / "tokens.bin", plan, 2)
         command = program_command(_program(plan, folder), folder, 1)
         found: dict[int, tuple[float, float, float]] = {}  # op -> seconds of a call, watts, MHz
-        with meter() as reading, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        with reading, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             heated = 0.0
             for line in child.stdout:
                 match line.split():

@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     a = parser.parse_args()
-    config = configs.load(a.config, target="cuda").replace(batch_size=a.batch_size, seq_len=a.seq_len, total_batch_size=0)
+    overrides = {"batch_size": a.batch_size, "seq_len": a.seq_len, "precision": "bf16"}
+    config = configs.load(a.config, target="cuda", overrides=overrides)
     plan = program.plan(config, "cuda", "native", "sm_90a")
     found = tune.of_plan(plan)
     bare = {products.Shape(*shape): calls for shape, calls in counted(plan).items()}

@@ -56,10 +56,6 @@ def test_it_times_every_op_and_the_step(emulated):
 class Meter(energy.Meter):
     """A card of 600 W at 1500 MHz whose counter moves every hundredth of a second."""
 
-    def __init__(self):
-        super().__init__()
-        self.readings = 0
-
     def _call(self, name, *arguments):
         if name == "nvmlDeviceGetTotalEnergyConsumption":
             arguments[1]._obj.value = int(time.monotonic() * 100) * 6000
@@ -87,7 +83,11 @@ def test_the_energy_of_every_op(emulated, monkeypatch):
     assert float(rows[-1][-1]) == pytest.approx(sum(float(row[-1]) for row in ops), abs=1e-2)
 
 
-def test_energy_without_counters_is_one_line(emulated):
+def test_energy_without_counters_is_one_line(emulated, monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(energy.ctypes, "CDLL", missing)
     config = configs.load("gpt2-nano", target="cuda", overrides=SMALL)
     with pytest.raises(UserError, match="there is no libnvidia-ml"):
         energy.bench(config, "sm_80", lambda line: None)
@@ -112,3 +112,30 @@ def test_what_pytorch_is_asked_for(monkeypatch):
     assert peak > 0
     assert "linear_backward_weight 16 x 32 x 128" in text and "linear_forward 16 x 32 x 384" in text  # the head's rows: 384
     assert "SDPA 1 x 2 x 16 x 16" in text and "flash attention" in text
+
+
+def test_products_beside_cublas(emulated, monkeypatch, tmp_path, capsys):
+    """The script that docs/gpu-gemm-hopper.md names, with PyTorch on the CPU for cuBLAS."""
+    torch = pytest.importorskip("torch")
+    import products_beside_cublas as script
+
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape).to(dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a CPU")
+    for name in ("COOL", "PAUSE", "HOT", "WARM_UP"):
+        monkeypatch.setattr(script, name, 1e-6)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = tmp_path / "small.toml"
+    config.write_text(
+        'family = "gpt2"\n[model]\nnum_layers = 3\nnum_heads = 1\nchannels = 64\nvocab_size = 120\nmax_seq_len = 24\n'
+    )
+    monkeypatch.setattr("sys.argv", ["", "--config", str(config), "--batch-size", "2", "--seq-len", "24"])
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("linear_") and "cool" in line for line in lines) == 15 + 2
+    assert any(line.startswith("linear_forward 48 x 64 x 192 ") for line in lines)
+    assert any(line.startswith("linear_gelu_forward, beside two kernels") for line in lines)
+    (cool, hot) = (line for line in lines if line.startswith("of a step"))
+    assert "ratio" in cool and "hot" in hot

@@ -67,6 +67,19 @@ def test_an_overridden_field_changes_hash_and_folder_name():
     assert plain.name == "gpt2-nano" and changed.name == f"gpt2-nano-{changed.hash}"
 
 
+def test_a_file_may_need_an_override_to_be_whole(tmp_path):
+    """Its max_seq_len is below the usual seq_len, and it lacks num_layers: what is given besides mends both."""
+    file = tmp_path / "short.toml"
+    file.write_text('family = "gpt2"\n[model]\nnum_heads = 1\nchannels = 64\nvocab_size = 120\nmax_seq_len = 24\n')
+    with pytest.raises(UserError, match="lacks 'num_layers'"):
+        config.load(str(file), overrides={"seq_len": 24})
+    with pytest.raises(UserError, match="lower seq_len to 24"):
+        config.load(str(file), overrides={"num_layers": 1})
+    made = config.load(str(file), overrides={"num_layers": 1, "seq_len": 24})
+    assert (made.model.num_layers, made.program.seq_len) == (1, 24)
+    assert made.name == f"short-{made.hash}"
+
+
 def test_an_override_that_says_what_is_so_already_changes_nothing():
     assert config.load("gpt2-nano", overrides={"num_layers": 4}) == config.load("gpt2-nano")
 
