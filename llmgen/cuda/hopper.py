@@ -143,7 +143,7 @@ def cycles(function: str, m: int, n: int, k: int, choice: Choice) -> float:
     multiplied = tile.tile_rows * tile.columns * STEP / MULTIPLICATIONS
     loaded = tile.loaded_columns(function) / tile.cluster_m + tile.tile_rows / tile.cluster_n
     main = steps * max((1.07 if tile.pingpong else 1.05) * multiplied, loaded * STEP * 2 / L2_BYTES)
-    of_weights = 3.0 if choice.apart else 2.0 + 0.5 * parts
+    of_weights = (3.0 if choice.apart else 2.0 + 0.5 * parts) * (1.5 if tile.transposed else 1)  # float by float
     store = tile.tile_rows * tile.columns / 8 * STORES.get(function, of_weights)
     total = 2500.0  # the start of the pipeline
     if tile.pingpong:
