@@ -40,3 +40,8 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path):
 @pytest.mark.skipif(architecture.present() is not None, reason="there is a GPU")
 def test_without_a_gpu_the_cuda_program_is_not_timed(tmp_path):
     assert "needs an NVIDIA GPU" in fails(1, "bench", "--target", "cuda", cwd=tmp_path)
+    assert "bench --energy needs an NVIDIA GPU" in fails(1, "bench", "--target", "cuda", "--energy", cwd=tmp_path)
+
+
+def test_energy_is_of_a_gpu(tmp_path):
+    assert "add --target cuda" in fails(1, "bench", "--energy", cwd=tmp_path)

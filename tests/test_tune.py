@@ -272,11 +272,20 @@ def test_a_damaged_cache_is_one_line(here, content):
         ran(small(), "sm_80")  # before anything is compiled
 
 
+def test_a_cache_from_before_there_were_transposed_tiles_is_read(here):
+    kept()
+    tuned.path().write_bytes(damaged_row(tile={k: v for k, v in vars(OTHER.tile).items() if k != "transposed"}))
+    (row,) = tuned.read()
+    assert row.choice == OTHER
+
+
 def test_the_export_is_a_table_that_can_ship(here):
+    transposed = next(tile for tile in hopper.WEIGHT_TILES if tile.transposed)
     choices = {
         Shape("linear_forward", 65536, 768, 2304): hopper.Choice(hopper.TILES[0]),
         SHAPE: OTHER,
         Shape("linear_backward_weight", 65536, 768, 3072): hopper.Choice(hopper.WEIGHT_TILES[2], 5),
+        Shape("linear_backward_weight", 8192, 6400, 1600): hopper.Choice(transposed),
     }
     for shape, choice in choices.items():
         kept(choice, shape)
