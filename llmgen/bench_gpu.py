@@ -53,8 +53,7 @@ def bench(
         folder = Path(temporary)
         write_tokens(folder / "tokens.bin", plan, steps)
         timed = _timed_program(plan, folder)
-        write(f"{config.name}: {config.program.batch_size} x {config.program.seq_len} tokens, {config.program.precision}")
-        write(_device() + f", source for {plan.profile.name}")
+        describe(plan, write)
         peak = _peak(torch) if torch else 0.0
         if peak:
             write(f"peak: {peak:.0f} TFLOP/s, PyTorch's product of {PEAK_SIZE} x {PEAK_SIZE} x {PEAK_SIZE} in bf16")
@@ -65,12 +64,15 @@ def bench(
         _write_steps(config, arch, folder, steps, rounds, ["", *modes] if torch else [], write)
 
 
-def _device() -> str:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def describe(plan: Plan, write: Callable[[str], None]) -> None:
+    """What is measured, and on which GPU."""
+    config, command = plan.config, ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "an unnamed GPU"
+        device = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
-        return "an unnamed GPU"
+        device = ""
+    write(f"{config.name}: {config.program.batch_size} x {config.program.seq_len} tokens, {config.program.precision}")
+    write(f"{device or 'an unnamed GPU'}, source for {plan.profile.name}")
 
 
 def _timed_program(plan: Plan, folder: Path) -> Path:

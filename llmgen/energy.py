@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llmgen import program, render, toolchain
 from llmgen.bench import program_command, timed_calls, write_table, write_tokens
+from llmgen.bench_gpu import describe
 from llmgen.config import Config
 from llmgen.cuda import architecture
 from llmgen.errors import UserError
@@ -119,6 +120,7 @@ def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[]
     if architecture.present() is None:
         raise UserError("bench --energy needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
     plan, reading = program.plan(config, "cuda", "native", arch), meter()
+    describe(plan, write)
     calls = timed_calls(plan)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -144,6 +146,7 @@ def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[]
         in_step = [f"{1e3 * each * times:.3f}", f"{each * times * watts:.3f}"]
         rows.append([call.function, next(iter(call.op.outputs.values())).name, str(times), *figures, *in_step])
     rows.append(["all of these", "", "", "", "", "", "", f"{1e3 * total[0]:.3f}", f"{total[1]:.3f}"])
+    write("")
     write_table(["op", "writes", "calls", "us", "W", "MHz", "mJ", "ms a step", "J a step"], rows, write, text=2)
 
 

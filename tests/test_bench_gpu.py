@@ -71,7 +71,8 @@ def test_the_energy_of_every_op(emulated, monkeypatch):
     lines = []
     config = configs.load("gpt2-nano", target="cuda", overrides=SMALL)
     energy.bench(config, "sm_80", lines.append, Meter)
-    rows = [line.split() for line in lines]
+    assert "16 tokens" in lines[0] and lines[1].endswith("source for sm_80")
+    rows = [line.split() for line in lines[3:]]
     ops = rows[1:-1]
     assert {"attention_backward", "layernorm_forward", "linear_backward_weight"} <= {row[0] for row in ops}
     for row in ops:
