@@ -29,12 +29,21 @@ LIBRARY = "libnvidia-ml.so.1"  # of the driver
 CLOCK_OF_MULTIPROCESSORS = 1  # in NVML's numbers
 
 LOOP = """
-/* Which calls are repeated, and for how long. A measured op says `op INDEX heated`, then `op INDEX CALLS SECONDS`. */
+/* Which calls are repeated, and for how long. First `card BUS_ID`; then a measured op says `op INDEX heated` and
+ * `op INDEX CALLS SECONDS`. */
 static const int op_measured[OPS] = {%(measured)s};
 static int op_seen[OPS], op_now, op_repeats, op_heated, op_left, op_chunk;
 static long op_calls;
 static double op_from;
 static void op_start(int op) {
+    static char card[32];
+    if (!card[0]) {
+        int device = 0;
+        cudaGetDevice(&device);
+        cudaDeviceGetPCIBusId(card, sizeof card, device);
+        printf("card %%s\\n", card);
+        fflush(stdout);
+    }
     op_now = op, op_repeats = ++op_seen[op] == op_measured[op];
     op_heated = 0, op_left = 1, op_chunk = 0;
 }
@@ -69,15 +78,13 @@ class Meter:
     """The card's energy counter and clock, read all the time by a thread."""
 
     def __init__(self):
-        """Raises UserError where the driver's library is missing or counts no energy."""
+        """Raises UserError where the driver's library is missing."""
         try:
             self._library = ctypes.CDLL(LIBRARY)
         except OSError:
             raise UserError(f"--energy reads the driver's counters, and there is no {LIBRARY}; leave it out") from None
         self._device = ctypes.c_void_p()
         self._call("nvmlInit_v2")
-        self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self._device))
-        self._read()
         self._samples: list[tuple[float, float, int]] = []  # seconds, joules, MHz
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -97,13 +104,19 @@ class Meter:
         while not self._over.wait(LOOK):
             self._samples.append(self._read())
 
-    def __enter__(self):
+    def watch(self, bus_id: str) -> None:
+        """From now on, until the end of the with block. Raises UserError where the card counts no energy."""
+        self._call("nvmlDeviceGetHandleByPciBusId_v2", bus_id.encode(), ctypes.byref(self._device))
+        self._samples.append(self._read())
         self._thread.start()
+
+    def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._over.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def between(self, start: float, end: float) -> tuple[float, float]:
         """Watts and MHz from one time.monotonic() to another. The counter moves in ticks: whole ones are counted."""
@@ -131,6 +144,8 @@ def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[]
             heated = 0.0
             for line in child.stdout:
                 match line.split():
+                    case ["card", bus_id]:
+                        reading.watch(bus_id)
                     case ["op", _, "heated"]:
                         heated = time.monotonic()
                     case ["op", op, count, seconds]:

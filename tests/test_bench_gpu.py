@@ -57,7 +57,9 @@ class Meter(energy.Meter):
     """A card of 600 W at 1500 MHz whose counter moves every hundredth of a second."""
 
     def _call(self, name, *arguments):
-        if name == "nvmlDeviceGetTotalEnergyConsumption":
+        if name == "nvmlDeviceGetHandleByPciBusId_v2":
+            assert arguments[0] == b"0000:00:00.0"
+        elif name == "nvmlDeviceGetTotalEnergyConsumption":
             arguments[1]._obj.value = int(time.monotonic() * 100) * 6000
         elif name == "nvmlDeviceGetClockInfo":
             arguments[2]._obj.value = 1500
