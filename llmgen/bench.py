@@ -92,22 +92,26 @@ def write_tokens(path: Path, plan: Plan, steps: int) -> None:
 # ---- the program's own ops
 
 
-def timed_calls(plan: Plan) -> list[Call]:
-    return [call for block in plan.forward_backward.blocks for call in block.calls]
+def timed_calls(plan: Plan) -> list[tuple[Call, int]]:
+    """The calls of forward_backward, and how often each is made in a micro-batch."""
+    return [(call, block.repeat.size) for block in plan.forward_backward.blocks for call in block.calls]
+
+
+def source_around(plan: Plan, around: Callable[[int, str], str]) -> str:
+    """The program's source, but that the statement of each timed call is as `around` has it, which is told the call's index."""
+    index = {id(call): at for at, (call, _) in enumerate(timed_calls(plan))}
+
+    def statement(call: Call, indent: int = 4) -> str:
+        plain = render.call(call, indent)
+        return around(index[id(call)], plain) if id(call) in index else plain
+
+    return render.source(plan, statement)
 
 
 def _timed_program(plan: Plan, folder: Path) -> Path:
     """The program with a clock around each call of forward_backward: it writes `op INDEX SECONDS` to stderr at its end."""
-    calls = timed_calls(plan)
-
-    def timed(call: Call, indent: int = 4) -> str:
-        at = next((i for i, known in enumerate(calls) if known is call), None)
-        if at is None:
-            return render.call(call, indent)
-        return f"op_start(); {render.call(call, indent)} op_end({at});"
-
     clock = (
-        f"enum {{ OPS = {len(calls)}, OP_CALLS = 1 << 16 }};\n"
+        f"enum {{ OPS = {len(timed_calls(plan))}, OP_CALLS = 1 << 16 }};\n"
         "static double op_times[OPS][OP_CALLS];\nstatic int op_calls[OPS];\n"
         "static void op_start(void);\nstatic void op_end(int op);\n"
     )
@@ -120,7 +124,7 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
         '        for (int i = 0; i < op_calls[op]; i++) fprintf(stderr, "op %d %.9f\\n", op, op_times[op][i]);\n}\n'
     )
     path = folder / "timed.c"
-    path.write_text(clock + render.source(plan, timed) + report)
+    path.write_text(clock + source_around(plan, lambda at, call: f"op_start(); {call} op_end({at});") + report)
     toolchain.compile(path, folder / "timed", "c", plan.profile)
     return folder / "timed"
 
@@ -159,10 +163,8 @@ def op_times(plan: Plan, timed: Path, folder: Path, steps: int) -> tuple[float, 
     """Medians in milliseconds of a timed program: a step, what of it is in no op, and the ops with their calls in a step."""
     done = run(program_command(timed, folder, steps))
     rest = np.array(done.milliseconds)
-    repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
     ops = []
-    for at, call in enumerate(timed_calls(plan)):
-        calls = repeats[id(call)]
+    for at, (call, calls) in enumerate(timed_calls(plan)):
         of_steps = 1e3 * np.array(done.ops[at]).reshape(-1, calls).sum(axis=1)[1:]
         rest -= of_steps
         ops.append((call, calls, float(np.median(of_steps))))

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llmgen import program, render, toolchain
+from llmgen import program, toolchain
 from llmgen.bench import (
     PRODUCTS,
     import_torch,
@@ -21,6 +21,7 @@ from llmgen.bench import (
     plain_attention,
     products,
     program_command,
+    source_around,
     timed_calls,
     torch_commands,
     write_table,
@@ -45,8 +46,7 @@ def bench(
     write: Callable[[str], None],
 ) -> None:
     """Measure a config on the GPU that is present and write tables. modes: of torch.compile. Raises UserError."""
-    if architecture.present() is None:
-        raise UserError("bench --target cuda needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
+    need_gpu("bench --target cuda")
     plan = program.plan(config, "cuda", "native", arch)
     torch = import_torch() if against else None
     with tempfile.TemporaryDirectory() as temporary:
@@ -64,6 +64,12 @@ def bench(
         _write_steps(config, arch, folder, steps, rounds, ["", *modes] if torch else [], write)
 
 
+def need_gpu(command: str) -> None:
+    """Raises UserError where there is none."""
+    if architecture.present() is None:
+        raise UserError(f"{command} needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
+
+
 def describe(plan: Plan, write: Callable[[str], None]) -> None:
     """What is measured, and on which GPU."""
     config, command = plan.config, ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -77,17 +83,9 @@ def describe(plan: Plan, write: Callable[[str], None]) -> None:
 
 def _timed_program(plan: Plan, folder: Path) -> Path:
     """The program with an event before and after each call of forward_backward: it writes `op INDEX SECONDS` at its end."""
-    calls = timed_calls(plan)
-
-    def timed(call, indent: int = 4) -> str:
-        at = next((i for i, known in enumerate(calls) if known is call), None)
-        if at is None:
-            return render.call(call, indent)
-        return f"op_start({at}); {render.call(call, indent)} op_end({at});"
-
     clock = (
         "#include <cuda_runtime.h>\n"
-        f"enum {{ OPS = {len(calls)}, OP_CALLS = 1 << 12 }};\n"
+        f"enum {{ OPS = {len(timed_calls(plan))}, OP_CALLS = 1 << 12 }};\n"
         "static cudaEvent_t op_events[OPS][OP_CALLS][2];\nstatic int op_calls[OPS];\n"
         "static void op_start(int op);\nstatic void op_end(int op);\nstatic void op_report(void);\n"
     )
@@ -105,7 +103,7 @@ def _timed_program(plan: Plan, folder: Path) -> Path:
         '            fprintf(stderr, "op %d %.9f\\n", op, ms * 1e-3);\n        }\n}\n'
     )
     path = folder / "timed.cu"
-    path.write_text(clock + render.source(plan, timed) + report)
+    path.write_text(clock + source_around(plan, lambda at, call: f"op_start({at}); {call} op_end({at});") + report)
     toolchain.compile(path, folder / "timed", "cuda", plan.profile)
     return folder / "timed"
 
@@ -128,16 +126,18 @@ def _write_ops(plan: Plan, timed: Path, folder: Path, steps: int, peak: float, w
 
 def _milliseconds(torch, work: Callable[[], object], rounds: int, calls: int = BURST) -> float:
     """Median of the mean time of a call, by events around bursts of so many calls."""
-    times = []
-    for _ in range(max(rounds, 3) + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times[1:])
+    return statistics.median([burst(torch, work, calls) for _ in range(max(rounds, 3) + 1)][1:])
+
+
+def burst(torch, work: Callable[[], object], calls: int) -> float:
+    """Milliseconds of a call, by events around so many."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls
 
 
 def _peak(torch) -> float:
@@ -145,17 +145,22 @@ def _peak(torch) -> float:
     return 2e-9 * PEAK_SIZE**3 / _milliseconds(torch, lambda: a @ b, 5)
 
 
+def cublas_operands(torch, function: str, n: int, c: int, oc: int, dtype):
+    """a, b and out of the torch.mm that computes a linear layer's product, in the layouts of the program; normal values."""
+    x, weight, y = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((n, c), (oc, c), (n, oc)))
+    return {
+        "linear_forward": (x, weight.T, y),
+        "linear_backward_input": (y, weight, x),
+        "linear_backward_weight": (y.T, x, weight),
+    }[function]
+
+
 def _write_products(torch, plan: Plan, rounds: int, peak: float, write) -> None:
     """cuBLAS's products, bare: no bias, GELU or sum, weight gradients in bf16. Ours, with all of that, stand above."""
     dtype = torch.bfloat16 if plan.config.program.precision == "bf16" else torch.float32
     rows, total, work = [], 0.0, 0.0
     for (kind, n, c, oc), times in products(plan).items():
-        x, w, y = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((n, c), (oc, c), (n, oc)))
-        a, b, out = {
-            "linear_forward": (x, w.T, y),
-            "linear_backward_input": (y, w, x),
-            "linear_backward_weight": (y.T, x, w),
-        }[kind]
+        a, b, out = cublas_operands(torch, kind, n, c, oc, dtype)
         milliseconds = _milliseconds(torch, lambda a=a, b=b, out=out: torch.mm(a, b, out=out), rounds)
         tflops = 2e-9 * n * c * oc / milliseconds
         total, work = total + times * milliseconds, work + times * 2e-9 * n * c * oc

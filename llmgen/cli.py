@@ -274,15 +274,14 @@ def bench(against, steps, rounds, modes, energy, **choices):
     from llmgen import energy as energies
 
     config = program.config(**choices)
-    if energy and choices["target"] != "cuda":
-        raise UserError("--energy is of a GPU; add --target cuda, or leave it out")
+    if choices["target"] != "cuda":
+        if energy:
+            raise UserError("--energy is of a GPU; add --target cuda, or leave it out")
+        return bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
+    arch = program.machine(config, choices["arch"], choices["tuned"])
     if energy:
-        energies.bench(config, program.machine(config, choices["arch"], choices["tuned"]), click.echo)
-    elif choices["target"] == "cuda":
-        arch = program.machine(config, choices["arch"], choices["tuned"])
-        bench_gpu.bench(config, arch, against, [m for m in modes.split(",") if m], steps, rounds, click.echo)
-    else:
-        bench.bench(config, choices["cpu"], against, steps, rounds, click.echo)
+        return energies.bench(config, arch, click.echo)
+    bench_gpu.bench(config, arch, against, [m for m in modes.split(",") if m], steps, rounds, click.echo)
 
 
 @cli.command()

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from llmgen import program, render, toolchain
-from llmgen.bench import program_command, timed_calls, write_table, write_tokens
-from llmgen.bench_gpu import describe
+from llmgen import program, toolchain
+from llmgen.bench import program_command, source_around, timed_calls, write_table, write_tokens
+from llmgen.bench_gpu import describe, need_gpu
 from llmgen.config import Config
-from llmgen.cuda import architecture
 from llmgen.errors import UserError
 from llmgen.plan import Plan
 
@@ -130,8 +129,7 @@ class Meter:
 
 def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[], Meter] = Meter) -> None:
     """Measure the ops of a config on the GPU that is present and write a table. Raises UserError."""
-    if architecture.present() is None:
-        raise UserError("bench --energy needs an NVIDIA GPU, and nvidia-smi shows none; llmgen doctor says more")
+    need_gpu("bench --energy")
     plan, reading = program.plan(config, "cuda", "native", arch), meter()
     describe(plan, write)
     calls = timed_calls(plan)
@@ -153,9 +151,8 @@ def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[]
         if child.returncode or len(found) < len(calls):
             raise UserError(f"the program ended with status {child.returncode} after {len(found)} of {len(calls)} ops")
     rows, total = [], [0.0, 0.0]
-    repeats = {id(call): block.repeat.size for block in plan.forward_backward.blocks for call in block.calls}
-    for at, call in enumerate(calls):
-        (each, watts, clock), times = found[at], repeats[id(call)]
+    for at, (call, times) in enumerate(calls):
+        each, watts, clock = found[at]
         total = [total[0] + each * times, total[1] + each * times * watts]
         figures = [f"{1e6 * each:.1f}", f"{watts:.0f}", f"{clock:.0f}", f"{1e3 * each * watts:.2f}"]
         in_step = [f"{1e3 * each * times:.3f}", f"{each * times * watts:.3f}"]
@@ -166,18 +163,11 @@ def bench(config: Config, arch, write: Callable[[str], None], meter: Callable[[]
 
 
 def _program(plan: Plan, folder: Path) -> Path:
-    calls = timed_calls(plan)
-    measured = [block.repeat.size + block.repeat.size // 2 + 1 for block in plan.forward_backward.blocks for _ in block.calls]
-
-    def repeated(call, indent: int = 4) -> str:
-        at = next((i for i, known in enumerate(calls) if known is call), None)
-        if at is None:
-            return render.call(call, indent)
-        return f"for (op_start({at}); op_more();) {{ {render.call(call, indent)} }}"
-
-    head = f"enum {{ OPS = {len(calls)} }};\nstatic void op_start(int op);\nstatic int op_more(void);\n"
+    measured = [times + times // 2 + 1 for _, times in timed_calls(plan)]
+    head = f"enum {{ OPS = {len(measured)} }};\nstatic void op_start(int op);\nstatic int op_more(void);\n"
     loop = LOOP % {"measured": ", ".join(map(str, measured)), "heat": HEAT, "window": WINDOW}
     path = folder / "repeated.cu"
-    path.write_text(head + render.source(plan, repeated) + loop)
+    repeated = source_around(plan, lambda at, call: f"for (op_start({at}); op_more();) {{ {call} }}")
+    path.write_text(head + repeated + loop)
     toolchain.compile(path, folder / "repeated", "cuda", plan.profile)
     return folder / "repeated"

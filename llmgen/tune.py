@@ -251,11 +251,20 @@ class Tuner:
         except Failed as failed:
             raise UserError(f"{self._path}: {failed}; nvidia-smi should list a GPU that it is compiled for") from None
 
-    def product(self, line: str) -> None:
-        """What the lines after this are about; a program that is started again is told first. Raises Failed."""
+    def product(self, product: Product, scratch: int, turns: int) -> None:
+        """What is tried after this, with room for kernels that need so much; a program that is started again is told first.
+        Raises Failed."""
+        shape, p = product.shape, product
+        there = map(int, (p.bias, p.addend, p.kept, p.sums, p.wide))
+        line = " ".join(map(str, ["product", shape.n, shape.c, shape.oc, *there, scratch, turns]))
         self._product = ""
         self.ask(line)
         self._product = line
+
+    def candidate(self, what: str, tile: int, choice: Choice, *more: int) -> float:
+        """`check` or `time` one, its tile by its number: the figure in the answer. Raises Failed."""
+        words = [what, tile, choice.parts, int(getattr(choice, "apart", False)), *more]
+        return float(self.ask(" ".join(map(str, words))).split()[1])
 
     def ask(self, line: str) -> str:
         """The answer. Raises Failed with why there is none."""
@@ -317,19 +326,15 @@ def one(tuner: Tuner, product: Product, plan: Plan, rounds: int, write: Callable
     every = [choice for choice in every if choice.tile in numbers and choice.tile not in tuner.lost]
     scratch = max((products.scratch_bytes(shape, choice) for choice in every), default=0)
     turns = max((products.turns(shape, choice) for choice in every), default=0)
-    there = product.bias, product.addend, product.kept, product.sums, product.wide
     try:
-        tuner.product(" ".join(map(str, ["product", shape.n, shape.c, shape.oc, *map(int, there), scratch, turns])))
+        tuner.product(product, scratch, turns)
     except Failed as failed:
         write(f"{product.title}: cannot be tried: {failed}")
         return None
 
     def ask(what: str, choice: Choice, *more) -> float | None:
         try:
-            answer = tuner.ask(
-                " ".join(map(str, [what, numbers[choice.tile], choice.parts, int(getattr(choice, "apart", False)), *more]))
-            )
-            return float(answer.split()[1])
+            return tuner.candidate(what, numbers[choice.tile], choice, *more)
         except Failed as failed:
             write(f"{product.title}: {named(choice)} is left out: {failed}")
             if isinstance(failed, Lost):

@@ -19,6 +19,7 @@ import torch
 from llmgen import config as configs
 from llmgen import data, program, tune
 from llmgen.bench import products as counted
+from llmgen.bench_gpu import burst, cublas_operands
 from llmgen.cuda import products
 
 COOL, PAUSE, HOT, WARM_UP = 1.2, 0.012, 90.0, 200.0  # milliseconds, seconds, milliseconds, milliseconds
@@ -26,18 +27,15 @@ PLAIN = {"linear_gelu_forward": "linear_forward", "linear_backward_input_gelu": 
 
 
 class Ours:
-    """A product by llmgen's choice for it. bare: without what its op adds to it."""
+    """A product by llmgen's choice for it."""
 
-    def __init__(self, path: Path, product: tune.Product, machine, bare: bool):
-        shape, p = product.shape, product
-        choice = products.chosen(shape, "bf16", machine.multiprocessors, wgmma=True)
-        there = (0, 0, p.kept, 0, p.wide) if bare else (p.bias, p.addend, p.kept, p.sums, p.wide)
-        needs = products.scratch_bytes(shape, choice), products.turns(shape, choice)
-        tile = tune.tiles(shape.function, "wgmma").index(choice.tile)
-        self._choice = f"{tile} {choice.parts} {int(choice.apart)}"
+    def __init__(self, path: Path, product: tune.Product, machine):
+        shape = product.shape
+        self._choice = products.chosen(shape, "bf16", machine.multiprocessors, wgmma=True)
+        self._tile = tune.tiles(shape.function, "wgmma").index(self._choice.tile)
         self._tuner = tune.Tuner(path)
-        self._tuner.product(" ".join(map(str, ["product", shape.n, shape.c, shape.oc, *map(int, there), *needs])))
-        self._tuner.ask(f"check {self._choice}")
+        self._tuner.product(product, products.scratch_bytes(shape, self._choice), products.turns(shape, self._choice))
+        self._tuner.candidate("check", self._tile, self._choice)
 
     def __enter__(self):
         return self
@@ -46,7 +44,7 @@ class Ours:
         self._tuner.__exit__()
 
     def milliseconds(self, calls: int) -> float:
-        return float(self._tuner.ask(f"time {self._choice} {calls}").split()[1])
+        return self._tuner.candidate("time", self._tile, self._choice, calls)
 
 
 class PyTorch:
@@ -54,14 +52,8 @@ class PyTorch:
         self._work = work
 
     def milliseconds(self, calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._work()
-        start.record()
-        for _ in range(calls):
-            self._work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / calls
+        return burst(torch, self._work, calls)
 
 
 def beside(ours: Ours, theirs: PyTorch) -> tuple[float, float, float, float]:
@@ -80,36 +72,25 @@ def beside(ours: Ours, theirs: PyTorch) -> tuple[float, float, float, float]:
 
 
 def operands(shape: products.Shape):
-    """x (n, c), weight (oc, c), y (n, oc)."""
-
-    def normal(rows: int, columns: int):
-        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
-
-    return normal(shape.n, shape.c), normal(shape.oc, shape.c) * shape.c**-0.5, normal(shape.n, shape.oc)
+    return cublas_operands(torch, PLAIN.get(shape.function, shape.function), shape.n, shape.c, shape.oc, torch.bfloat16)
 
 
-def plain_work(function: str, x, weight, y):
-    return {
-        "linear_forward": lambda: torch.mm(x, weight.T, out=y),
-        "linear_backward_input": lambda: torch.mm(y, weight, out=x),
-        "linear_backward_weight": lambda: torch.mm(y.T, x, out=weight),
-    }[function]
+def plain_work(shape: products.Shape):
+    a, b, out = operands(shape)
+    return lambda: torch.mm(a, b, out=out)
 
 
-def gelu_work(function: str, x, weight, y):
-    aten, plain = torch.ops.aten, plain_work(PLAIN[function], x, weight, y)
-    if function == "linear_gelu_forward":
-        bias, out = torch.randn_like(y[0]), torch.empty_like(y)
+def gelu_work(shape: products.Shape):
+    a, b, out = operands(shape)
+    aten, bias, kept, after = torch.ops.aten, torch.randn_like(out[0]), torch.randn_like(out), torch.empty_like(out)
 
-        def work():
-            torch.addmm(bias, x, weight.T, out=y)
-            aten.gelu.out(y, approximate="tanh", out=out)
-    else:
-        kept, dinp = torch.randn_like(x), torch.empty_like(x)
-
-        def work():
-            plain()
-            aten.gelu_backward.grad_input(x, kept, approximate="tanh", grad_input=dinp)
+    def work():
+        if shape.function == "linear_gelu_forward":
+            torch.addmm(bias, a, b, out=out)
+            aten.gelu.out(out, approximate="tanh", out=after)
+        else:
+            torch.mm(a, b, out=out)
+            aten.gelu_backward.grad_input(out, kept, approximate="tanh", grad_input=after)
 
     return work
 
@@ -129,8 +110,8 @@ def main() -> None:
     print(f"{config.name}, {a.batch_size} x {a.seq_len}, {torch.cuda.get_device_name()}; microseconds: ours, cuBLAS, ratio")
     times = {}
     for shape in bare:
-        with Ours(programs[shape.function], tune.Product(shape), plan.profile, bare=True) as ours:
-            times[shape] = beside(ours, PyTorch(plain_work(shape.function, *operands(shape))))
+        with Ours(programs[shape.function], tune.Product(shape), plan.profile) as ours:
+            times[shape] = beside(ours, PyTorch(plain_work(shape)))
         show(f"{shape.function} {shape.n} x {shape.c} x {shape.oc}", times[shape])
     flops = {s: 2.0 * s.n * s.c * s.oc * calls for s, calls in bare.items()}
     for at, heat in ((0, "cool"), (2, "hot")):
@@ -142,9 +123,8 @@ def main() -> None:
         )
     for p in found:
         if p.shape.function in PLAIN:
-            theirs = PyTorch(gelu_work(p.shape.function, *operands(p.shape)))
-            with Ours(programs[p.shape.function], p, plan.profile, bare=False) as ours:
-                show(f"{p.shape.function}, beside two kernels", beside(ours, theirs))
+            with Ours(programs[p.shape.function], p, plan.profile) as ours:
+                show(f"{p.shape.function}, beside two kernels", beside(ours, PyTorch(gelu_work(p.shape))))
 
 
 def show(title: str, t: tuple[float, float, float, float]) -> None:

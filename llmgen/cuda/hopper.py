@@ -59,6 +59,10 @@ class Tile:
     def tile_rows(self) -> int:
         return self.rows if self.pingpong else self.rows * self.consumers
 
+    def sides(self, m, n) -> tuple:
+        """What belongs to the rows and columns of out (m, n), as the tile's rows and columns have it; or the other way."""
+        return (n, m) if self.transposed else (m, n)
+
     def product(self, function: str) -> str:
         """The C++ function that does it, up to the first template argument that is left open."""
         return f"{PRODUCTS.get(function, 'matmul_sm90')}<{self.name}, "
@@ -135,7 +139,7 @@ def candidates(function: str, m: int, n: int, k: int) -> list[Choice]:
 def cycles(function: str, m: int, n: int, k: int, choice: Choice) -> float:
     """A block's cycles, to about a tenth: what its units multiply or load, and of their stores what nothing hides."""
     tile, parts = choice.tile, choice.parts
-    m, n = (n, m) if tile.transposed else (m, n)
+    m, n = tile.sides(m, n)
     wide, high = tile.columns * tile.cluster_n, tile.tile_rows * tile.cluster_m
     units = -(-m // high) * -(-n // wide) * parts
     each = -(-units // (MULTIPROCESSORS // (tile.cluster_m * tile.cluster_n)))  # units of one block, one behind the other
@@ -218,14 +222,15 @@ def scratch_bytes(function: str, n: int, c: int, oc: int, choice: Choice) -> int
     if function != WEIGHT_GRADIENT:
         return 0
     tile, weights = choice.tile, choice.parts * oc * c if choice.apart else 0
-    return 4 * (weights + choice.parts * -(-c // (tile.tile_rows if tile.transposed else tile.columns)) * oc)
+    _, along_c = tile.sides(tile.tile_rows, tile.columns)
+    return 4 * (weights + choice.parts * -(-c // along_c) * oc)
 
 
 def turns(function: str, c: int, oc: int, choice: Choice) -> int:
     """Counters: one for 16 rows of each tile of a weight gradient whose parts are added in turn."""
     if function != WEIGHT_GRADIENT or choice.parts == 1 or choice.apart:
         return 0
-    rows, columns = (c, oc) if choice.tile.transposed else (oc, c)
+    rows, columns = choice.tile.sides(oc, c)
     return -(-rows // 16) * -(-columns // choice.tile.columns)
 
 
