@@ -51,6 +51,7 @@ def gpu_options(plan: Plan | GenerationPlan) -> dict:
         "arch": machine.name,
         "hopper": wgmma,
         "head_size": plan.config.model.head_size,
+        "fused_attention": attention.fused_items(plan.config.model.head_size, program.seq_len),
         "least_arch": machine.least,
         "head": head,
         "slopes": products.stores_slopes(plan.graph),
@@ -69,6 +70,7 @@ def options(model: ModelConfig, evaluation_tokens: int | None = None, *, cached:
     return {
         "head": None,
         "slopes": False,
+        "fused_attention": 0,
         "cached": cached,
         "positions": "CONTEXT" if cached else "MAXT",
         "attention": "C" if plain else "NH * HS",

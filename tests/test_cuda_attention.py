@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not emulator.available(), reason="the emulator n
 LIMITS = {"bf16": 1e-2, "fp32": 1e-5}
 
 
-def build(folder, device, head_size, heads, kv_heads, precision, window=False, softcap=0.0, scale=0.0, hopper=False):
+def build(folder, device, head_size, heads, kv_heads, precision, window=False, softcap=0.0, scale=0.0, hopper=False, items=0):
     if hopper and device == "gpu" and architecture.present() != "sm_90a":
         pytest.skip("no Hopper here")
     model = ModelConfig(
@@ -41,7 +41,9 @@ def build(folder, device, head_size, heads, kv_heads, precision, window=False, s
         f"{argument}, int b, int t",
     }
     if hopper:
-        options = {"arch": "sm_90a", "machine": "sm_90a", "options": {"head_size": head_size}}
+        scratch = attention.backward_scratch_bytes(2, 2048, heads, heads // kv_heads, items)
+        chosen = {"head_size": head_size, "fused_attention": items}
+        options = {"arch": "sm_90a", "machine": "sm_90a", "options": chosen, "scratch": scratch}
         return cuda_kernels.build(
             folder, device, sizes, model, ["attention_sm90"], functions, races=device == "emulator", **options
         )
@@ -101,35 +103,58 @@ def test_capped_scores_of_a_scale_of_their_own(folder, device, precision):
         check(library, 80, 4, 1, precision, 1, t, window, softcap=5.0, scale=0.2)
 
 
-@pytest.mark.parametrize("head_size, heads, kv_heads", [(64, 2, 2), (64, 4, 2), (128, 2, 1)])
-def test_on_hopper(folder, device, head_size, heads, kv_heads):
-    library = build(folder, device, head_size, heads, kv_heads, "bf16", hopper=True)
+@pytest.mark.parametrize(
+    "head_size, heads, kv_heads, items",
+    [(64, 2, 2, 0), (64, 4, 2, 0), (128, 2, 1, 0), (64, 2, 2, attention.FUSED_ITEMS), (64, 4, 2, 4), (64, 5, 5, 2)],
+)
+def test_on_hopper(folder, device, head_size, heads, kv_heads, items):
+    """With few items together, heads follow each other in the memory where parts of dQ are added up."""
+    library = build(folder, device, head_size, heads, kv_heads, "bf16", hopper=True, items=items)
     for b, t in ((1, 1), (2, 37), (1, 64), (3, 130), (1, 450)):
         check(library, head_size, heads, kv_heads, "bf16", b, t)
 
 
+@pytest.mark.parametrize("items", [0, 3])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
-def test_windows_and_capped_scores_on_hopper(folder, device, softcap):
-    library = build(folder, device, 64, 2, 1, "bf16", window=True, softcap=softcap, scale=0.2, hopper=True)
-    for t, window in ((37, 0), (130, 1), (130, 7), (200, 64), (300, 100)):
+def test_windows_and_capped_scores_on_hopper(folder, device, softcap, items):
+    library = build(folder, device, 64, 2, 1, "bf16", window=True, softcap=softcap, scale=0.2, hopper=True, items=items)
+    for t, window in ((37, 0), (130, 1), (130, 7), (200, 64), (300, 100), (450, 150)):
         check(library, 64, 2, 1, "bf16", 1, t, window, softcap=softcap, scale=0.2)
 
 
-def test_scores_far_above_the_first_on_hopper(folder, device):
+@pytest.mark.parametrize("items", [0, attention.FUSED_ITEMS])
+def test_scores_far_above_the_first_on_hopper(folder, device, items):
     """The exponentials are relative to the first keys' scores, until they would leave the range of float."""
-    library = build(folder, device, 64, 2, 2, "bf16", hopper=True)
+    library = build(folder, device, 64, 2, 2, "bf16", hopper=True, items=items)
     check(library, 64, 2, 2, "bf16", 1, 330, spread=7, limit=2e-2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hopper", [False, True])
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_long_sequences(folder, head_size, hopper):
+@pytest.mark.parametrize(
+    "head_size, heads, hopper, items",
+    [
+        (64, 2, False, 0),
+        (128, 2, False, 0),
+        (64, 2, True, 0),
+        (128, 2, True, 0),
+        (64, 2, True, attention.FUSED_ITEMS),
+        (64, 48, True, 64),
+    ],
+)
+def test_long_sequences(folder, head_size, heads, hopper, items):
     if architecture.present() is None:
         pytest.skip("no GPU here")
-    library = build(folder, "gpu", head_size, 2, 2, "bf16", hopper=hopper)
-    check(library, head_size, 2, 2, "bf16", 2, 2048)
+    library = build(folder, "gpu", head_size, heads, heads, "bf16", hopper=hopper, items=items)
+    check(library, head_size, heads, heads, "bf16", 2, 2048)
 
 
 def test_scratch_holds_delta():
     assert attention.backward_scratch_bytes(2, 37, 3) == 2 * 64 * 3 * 2 * 4
+
+
+def test_scratch_holds_dq_of_the_heads_that_are_handed_out_together():
+    delta = attention.backward_scratch_bytes(8, 450, 6)  # 8 tiles of queries, 4 items of keys
+    tile = 4 * (64 * 64 + 1)
+    assert attention.backward_scratch_bytes(8, 450, 6, items=1) == delta + 1 * 8 * tile
+    assert attention.backward_scratch_bytes(8, 450, 6, group=3, items=21) == delta + 5 * 3 * 8 * tile
+    assert attention.backward_scratch_bytes(8, 450, 6, items=1000) == delta + 8 * 6 * 8 * tile
