@@ -40,7 +40,7 @@ def templates(
 
 def gpu_options(plan: Plan | GenerationPlan) -> dict:
     """What the CUDA templates choose by besides: number formats and the architecture."""
-    program, machine = plan.config.program, plan.profile
+    model, program, machine = plan.config.model, plan.config.program, plan.profile
     shapes, wgmma = products.shapes(plan.graph), machine.uses_wgmma(program.precision)
     head = products.head(plan.graph, plan.config, machine)
     if isinstance(plan, GenerationPlan):  # few rows have a kernel of their own
@@ -50,8 +50,8 @@ def gpu_options(plan: Plan | GenerationPlan) -> dict:
         "residual": program.residual_precision if program.precision == "bf16" else "fp32",
         "arch": machine.name,
         "hopper": wgmma,
-        "head_size": plan.config.model.head_size,
-        "fused_attention": attention.fused_items(plan.config.model.head_size, program.seq_len),
+        "head_size": model.head_size,
+        "fused_attention": attention.fused_items(model.head_size, program.seq_len, model.num_heads // model.num_kv_heads),
         "least_arch": machine.least,
         "head": head,
         "slopes": products.stores_slopes(plan.graph),

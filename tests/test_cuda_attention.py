@@ -41,7 +41,7 @@ def build(folder, device, head_size, heads, kv_heads, precision, window=False, s
         f"{argument}, int b, int t",
     }
     if hopper:
-        scratch = attention.backward_scratch_bytes(2, 2048, heads, heads // kv_heads, items)
+        scratch = attention.backward_scratch_bytes(2, 2048, heads, items)
         chosen = {"head_size": head_size, "fused_attention": items}
         options = {"arch": "sm_90a", "machine": "sm_90a", "options": chosen, "scratch": scratch}
         return cuda_kernels.build(
@@ -105,7 +105,7 @@ def test_capped_scores_of_a_scale_of_their_own(folder, device, precision):
 
 @pytest.mark.parametrize(
     "head_size, heads, kv_heads, items",
-    [(64, 2, 2, 0), (64, 4, 2, 0), (128, 2, 1, 0), (64, 2, 2, attention.FUSED_ITEMS), (64, 4, 2, 4), (64, 5, 5, 2)],
+    [(64, 2, 2, 0), (64, 4, 2, 0), (128, 2, 1, 0), (64, 2, 2, attention.FUSED_ITEMS), (64, 4, 4, 4), (64, 5, 5, 2)],
 )
 def test_on_hopper(folder, device, head_size, heads, kv_heads, items):
     """With few items together, heads follow each other in the memory where parts of dQ are added up."""
@@ -117,9 +117,10 @@ def test_on_hopper(folder, device, head_size, heads, kv_heads, items):
 @pytest.mark.parametrize("items", [0, 3])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 def test_windows_and_capped_scores_on_hopper(folder, device, softcap, items):
-    library = build(folder, device, 64, 2, 1, "bf16", window=True, softcap=softcap, scale=0.2, hopper=True, items=items)
+    kv_heads = 2 if items else 1
+    library = build(folder, device, 64, 2, kv_heads, "bf16", window=True, softcap=softcap, scale=0.2, hopper=True, items=items)
     for t, window in ((37, 0), (130, 1), (130, 7), (200, 64), (300, 100), (450, 150)):
-        check(library, 64, 2, 1, "bf16", 1, t, window, softcap=softcap, scale=0.2)
+        check(library, 64, 2, kv_heads, "bf16", 1, t, window, softcap=softcap, scale=0.2)
 
 
 @pytest.mark.parametrize("items", [0, attention.FUSED_ITEMS])
@@ -156,5 +157,5 @@ def test_scratch_holds_dq_of_the_heads_that_are_handed_out_together():
     delta = attention.backward_scratch_bytes(8, 450, 6)  # 8 tiles of queries, 4 items of keys
     tile = 4 * (64 * 64 + 1)
     assert attention.backward_scratch_bytes(8, 450, 6, items=1) == delta + 1 * 8 * tile
-    assert attention.backward_scratch_bytes(8, 450, 6, group=3, items=21) == delta + 5 * 3 * 8 * tile
+    assert attention.backward_scratch_bytes(8, 450, 6, items=21) == delta + 5 * 8 * tile
     assert attention.backward_scratch_bytes(8, 450, 6, items=1000) == delta + 8 * 6 * 8 * tile

@@ -48,6 +48,12 @@ def test_a_program_is_verified(overrides, arch):
     assert passed, "\n".join(lines)
 
 
+def test_a_program_with_hoppers_attention_is_verified():
+    lines: list[str] = []
+    heads_of_64 = small(num_layers=1, channels=128, max_seq_len=150, seq_len=150)
+    assert verify.verify(heads_of_64, lambda config, folder: build(config, folder, "sm_90a"), lines.append), "\n".join(lines)
+
+
 def test_the_order_of_threads_changes_no_bit(tmp_path):
     config = small(num_layers=1)
     program = build(config, tmp_path)

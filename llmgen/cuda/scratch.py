@@ -35,10 +35,11 @@ def bytes(graph: Graph, config: Config, machine: Architecture) -> int:
     of_products = [products.scratch_bytes(*product) for product in _products(graph, config, machine)]
     head = products.head(graph, config, machine)
     hopper = machine.uses_wgmma(config.program.precision)
-    items = attention.fused_items(model.head_size, t) if hopper else 0
+    group = model.num_heads // model.num_kv_heads
+    items = attention.fused_items(model.head_size, t, group) if hopper else 0
     return max(
         *of_products,
         head.scratch_bytes if head else 0,
         elementwise.scratch_bytes(b * t, model.channels, heads, model.head_size),
-        attention.backward_scratch_bytes(b, t, model.num_heads, model.num_heads // model.num_kv_heads, items),
+        attention.backward_scratch_bytes(b, t, model.num_heads, items),
     )
