@@ -142,3 +142,21 @@ def test_products_beside_cublas(emulated, monkeypatch, tmp_path, capsys):
     assert any(line.startswith("linear_gelu_forward, beside two kernels") for line in lines)
     (cool, hot) = (line for line in lines if line.startswith("of a step"))
     assert "ratio" in cool and "hot" in hot
+
+
+def test_joules_of_wgmma(monkeypatch, capsys):
+    """The script that docs/gpu.md names."""
+    import joules_of_wgmma as script
+
+    for name, value in {"HEAT": 0.02, "WINDOW": 0.15, "STEPS": 14, "Meter": Meter, "compile": emulator.compile}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(energy, "LOOK", 0.001)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda name: None)
+    cases = [case for case in script.CASES if case[4] <= 24 * script.MEGABYTE]
+    monkeypatch.setattr(script, "CASES", cases)
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(cases)
+    for case, line in zip(cases, lines, strict=True):
+        assert line.startswith(case[0]) and line.endswith("W, 1500 MHz")
+        assert float(line[len(case[0]) :].split()[0]) > 0
