@@ -179,7 +179,8 @@ static float uniform(void) { return ((float)rand() + 0.5f) / ((float)RAND_MAX + 
 int main(int argc, char **argv) { /* rows columns values from stores steps heat window */
     if (argc != 9) return 2;
     const int rows = atoi(argv[1]), columns = atoi(argv[2]), stores = atoi(argv[5]), steps = atoi(argv[6]);
-    const size_t from = (size_t)atoll(argv[4]), there = from > (1 << 18) ? from : 1 << 18, to = stores ? (size_t)49152 * 8192 : 0;
+    const size_t from = (size_t)atoll(argv[4]), there = from > (1 << 18) ? from : 1 << 18;
+    const size_t to = stores ? (size_t)49152 * 8192 : 0;
     const double heat = atof(argv[7]), window = atof(argv[8]);
     const size_t some = there < (16 << 20) ? there : 16 << 20; /* bytes, repeated */
     __nv_bfloat16 *host = (__nv_bfloat16 *)malloc(some);
