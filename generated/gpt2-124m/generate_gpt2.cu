@@ -401,6 +401,16 @@ __device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefe
 template <class Value, int N>
 struct alignas(sizeof(Value) * N < 16 ? sizeof(Value) * N : 16) Pack {
     Value at[N];
+
+    /* Value i as a float. A bf16 is the upper half of one: of two side by side each takes one instruction. */
+    __device__ __forceinline__ float operator[](int i) const {
+        if constexpr (sizeof(Value) == 2 && N % 2 == 0) {
+            const uint32_t two = ((const uint32_t *)at)[i / 2];
+            return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+        } else {
+            return (float)at[i];
+        }
+    }
 };
 
 template <int N, class Value>
@@ -865,7 +875,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) token_embedding_kernel(floatR *out,
         if (!in_row(i)) break;
         const Pack<floatX, ROW_WIDTH> x = load_pack<ROW_WIDTH>(w + i);
         Pack<floatR, ROW_WIDTH> y;
-        for (int j = 0; j < ROW_WIDTH; j++) y.at[j] = (floatR)(float)x.at[j];
+        for (int j = 0; j < ROW_WIDTH; j++) y.at[j] = (floatR)x[j];
         store_pack(out + (size_t)row * c + i, y);
     }
 }
@@ -889,7 +899,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) position_embedding_kernel(floatR *o
         if (!in_row(i)) break;
         Pack<floatR, ROW_WIDTH> x = load_pack<ROW_WIDTH>(inp + at + i);
         const Pack<floatX, ROW_WIDTH> p = load_pack<ROW_WIDTH>(wpe + position + i);
-        for (int j = 0; j < ROW_WIDTH; j++) x.at[j] = (floatR)((float)x.at[j] + (float)p.at[j]);
+        for (int j = 0; j < ROW_WIDTH; j++) x.at[j] = (floatR)(x[j] + p[j]);
         store_pack(out + at + i, x);
     }
 }
@@ -917,22 +927,22 @@ __global__ void __launch_bounds__(NORM_ROW_BLOCK)
     }
     float sum[1] = {0.0f}, squares[1] = {0.0f};
     for (int k = 0; k < NORM_ROW_PACKS; k++)
-        for (int j = 0; j < ROW_WIDTH; j++) sum[0] += (float)x[k].at[j];
+        for (int j = 0; j < ROW_WIDTH; j++) sum[0] += x[k][j];
     row_sums<NORM_ROW_THREADS>(sum);
     const float m = sum[0] / c;
     for (int k = 0; k < NORM_ROW_PACKS; k++) {
         if (!in_norm_row((k * NORM_ROW_THREADS + thread) * ROW_WIDTH)) break;
-        for (int j = 0; j < ROW_WIDTH; j++) squares[0] += ((float)x[k].at[j] - m) * ((float)x[k].at[j] - m);
+        for (int j = 0; j < ROW_WIDTH; j++) squares[0] += (x[k][j] - m) * (x[k][j] - m);
     }
     row_sums<NORM_ROW_THREADS>(squares);
-    const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON);
+    const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON), offset = -m * s; /* xhat = inp * s + offset */
     for (int k = 0; k < NORM_ROW_PACKS; k++) {
         const int i = (k * NORM_ROW_THREADS + thread) * ROW_WIDTH;
         if (!in_norm_row(i)) break;
         const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i), b = load_pack<ROW_WIDTH>(bias + i);
         Pack<floatX, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++)
-            y.at[j] = (floatX)(((float)x[k].at[j] - m) * s * (float)w.at[j] + (float)b.at[j]);
+            y.at[j] = (floatX)(fmaf(x[k][j], s, offset) * w[j] + b[j]);
         store_pack(out + at + i, y);
     }
     if (thread == 0) {
@@ -1365,7 +1375,7 @@ __global__ void __launch_bounds__(PART_KEYS) cached_attention_kernel(float *part
         for (int i = 0; i < HS; i += CACHE_WIDTH) {
             const Pack<floatX, CACHE_WIDTH> k = load_pack<CACHE_WIDTH>(keys + kept + (size_t)key * HS + i);
             for (int h = 0; h < QUERY_HEADS; h++)
-                for (int j = 0; j < CACHE_WIDTH; j++) score[h] += queries[h][i + j] * (float)k.at[j];
+                for (int j = 0; j < CACHE_WIDTH; j++) score[h] += queries[h][i + j] * k[j];
         }
     }
     const float scale = 1.0f / sqrtf(HS);
@@ -1405,7 +1415,7 @@ __global__ void __launch_bounds__(PART_KEYS) cached_attention_kernel(float *part
             const Pack<floatX, CACHE_WIDTH> v = load_pack<CACHE_WIDTH>(values + kept + (size_t)j * HS + channel);
             for (int h = 0; h < QUERY_HEADS; h++) {
                 const float p = scores[h][j - part * PART_KEYS];
-                for (int i = 0; i < CACHE_WIDTH; i++) sum[h][i] += p * (float)v.at[i];
+                for (int i = 0; i < CACHE_WIDTH; i++) sum[h][i] += p * v[i];
             }
         }
         for (int h = 0; h < QUERY_HEADS; h++) {

@@ -569,6 +569,16 @@ __device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefe
 template <class Value, int N>
 struct alignas(sizeof(Value) * N < 16 ? sizeof(Value) * N : 16) Pack {
     Value at[N];
+
+    /* Value i as a float. A bf16 is the upper half of one: of two side by side each takes one instruction. */
+    __device__ __forceinline__ float operator[](int i) const {
+        if constexpr (sizeof(Value) == 2 && N % 2 == 0) {
+            const uint32_t two = ((const uint32_t *)at)[i / 2];
+            return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+        } else {
+            return (float)at[i];
+        }
+    }
 };
 
 template <int N, class Value>
@@ -757,7 +767,7 @@ __global__ void __launch_bounds__(MAP_THREADS) map_kernel(Out *out, const Inp *i
     if (packed && first + MAP_WIDTH <= n) {
         const Pack<Inp, MAP_WIDTH> x = load_pack<MAP_WIDTH>(inp + first);
         Pack<Out, MAP_WIDTH> y;
-        for (int i = 0; i < MAP_WIDTH; i++) y.at[i] = (Out)FUNCTION((float)x.at[i]);
+        for (int i = 0; i < MAP_WIDTH; i++) y.at[i] = (Out)FUNCTION(x[i]);
         store_pack(out + first, y);
     } else {
         for (size_t i = first; i < first + MAP_WIDTH && i < n; i++) out[i] = (Out)FUNCTION((float)inp[i]);
@@ -1245,7 +1255,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) token_embedding_kernel(floatR *out,
         if (!in_row(i)) break;
         const Pack<floatX, ROW_WIDTH> x = load_pack<ROW_WIDTH>(w + i);
         Pack<floatR, ROW_WIDTH> y;
-        for (int j = 0; j < ROW_WIDTH; j++) y.at[j] = (floatR)(float)x.at[j];
+        for (int j = 0; j < ROW_WIDTH; j++) y.at[j] = (floatR)x[j];
         store_pack(out + (size_t)row * c + i, y);
     }
 }
@@ -1350,7 +1360,7 @@ __global__ void __launch_bounds__(EMBEDDING_BLOCK) token_embedding_backward_kern
             for (int k = 0; k < SPAN_LOADS; k++)
                 if (p + k < count) g[k] = load_pack<ROW_WIDTH>(dout + (size_t)indices[p + k] * c + i);
             for (int k = 0; k < SPAN_LOADS && p + k < count; k++) {
-                for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += (float)g[k].at[j];
+                for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += g[k][j];
                 const int row = rows[p + k], last = p + k + 1 == count;
                 if (!last && rows[p + k + 1] == row) continue;
                 float *out = dwte + (size_t)row * c + i;
@@ -1432,7 +1442,7 @@ __global__ void __launch_bounds__(ROW_BLOCK) position_embedding_kernel(floatR *o
         if (!in_row(i)) break;
         Pack<floatR, ROW_WIDTH> x = load_pack<ROW_WIDTH>(inp + at + i);
         const Pack<floatX, ROW_WIDTH> p = load_pack<ROW_WIDTH>(wpe + position + i);
-        for (int j = 0; j < ROW_WIDTH; j++) x.at[j] = (floatR)((float)x.at[j] + (float)p.at[j]);
+        for (int j = 0; j < ROW_WIDTH; j++) x.at[j] = (floatR)(x[j] + p[j]);
         store_pack(out + at + i, x);
     }
 }
@@ -1455,7 +1465,7 @@ __global__ void __launch_bounds__(32) position_embedding_backward_kernel(float *
 #pragma unroll 8
         for (int s = 0; s < b; s++) {
             const Pack<floatR, ROW_WIDTH> g = load_pack<ROW_WIDTH>(dout + ((size_t)s * t + row) * c + i);
-            for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += (float)g.at[j];
+            for (int j = 0; j < ROW_WIDTH; j++) sum.at[j] += g[j];
         }
     }
     store_pack(dwpe + (size_t)row * c + i, sum);
@@ -1485,22 +1495,22 @@ __global__ void __launch_bounds__(NORM_ROW_BLOCK)
     }
     float sum[1] = {0.0f}, squares[1] = {0.0f};
     for (int k = 0; k < NORM_ROW_PACKS; k++)
-        for (int j = 0; j < ROW_WIDTH; j++) sum[0] += (float)x[k].at[j];
+        for (int j = 0; j < ROW_WIDTH; j++) sum[0] += x[k][j];
     row_sums<NORM_ROW_THREADS>(sum);
     const float m = sum[0] / c;
     for (int k = 0; k < NORM_ROW_PACKS; k++) {
         if (!in_norm_row((k * NORM_ROW_THREADS + thread) * ROW_WIDTH)) break;
-        for (int j = 0; j < ROW_WIDTH; j++) squares[0] += ((float)x[k].at[j] - m) * ((float)x[k].at[j] - m);
+        for (int j = 0; j < ROW_WIDTH; j++) squares[0] += (x[k][j] - m) * (x[k][j] - m);
     }
     row_sums<NORM_ROW_THREADS>(squares);
-    const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON);
+    const float s = 1.0f / sqrtf(squares[0] / c + NORM_EPSILON), offset = -m * s; /* xhat = inp * s + offset */
     for (int k = 0; k < NORM_ROW_PACKS; k++) {
         const int i = (k * NORM_ROW_THREADS + thread) * ROW_WIDTH;
         if (!in_norm_row(i)) break;
         const Pack<floatX, ROW_WIDTH> w = load_pack<ROW_WIDTH>(weight + i), b = load_pack<ROW_WIDTH>(bias + i);
         Pack<floatX, ROW_WIDTH> y;
         for (int j = 0; j < ROW_WIDTH; j++)
-            y.at[j] = (floatX)(((float)x[k].at[j] - m) * s * (float)w.at[j] + (float)b.at[j]);
+            y.at[j] = (floatX)(fmaf(x[k][j], s, offset) * w[j] + b[j]);
         store_pack(out + at + i, y);
     }
     if (thread == 0) {
@@ -1538,7 +1548,7 @@ __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_ke
     float dsum[ROW_PACKS][ROW_WIDTH] = {};
     for (int row = blockIdx.x * BLOCK_ROWS + threadIdx.x / ROW_THREADS; row < n; row += gridDim.x * BLOCK_ROWS) {
         const size_t at = (size_t)row * c;
-        const float m = mean[row], s = rstd[row];
+        const float s = rstd[row], offset = -mean[row] * s; /* xhat = inp * s + offset */
         Pack<floatX, ROW_WIDTH> g[ROW_PACKS] = {};
         Pack<floatR, ROW_WIDTH> x[ROW_PACKS] = {}, before[ROW_PACKS] = {};
         for (int k = 0; k < ROW_PACKS; k++) {
@@ -1553,11 +1563,11 @@ __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_ke
             const int i = (k * ROW_THREADS + thread) * ROW_WIDTH;
             if (!in_row(i)) break;
             for (int j = 0; j < ROW_WIDTH; j++) {
-                const float d = (float)g[k].at[j], xhat = ((float)x[k].at[j] - m) * s;
+                const float d = g[k][j], xhat = fmaf(x[k][j], s, offset);
                 dweight[k][j] += d * xhat;
                 dbias[k][j] += d;
-                sums[0] += d * (float)w[k].at[j];
-                sums[1] += d * (float)w[k].at[j] * xhat;
+                sums[0] += d * w[k][j];
+                sums[1] += d * w[k][j] * xhat;
             }
         }
         row_sums<ROW_THREADS>(sums);
@@ -1568,9 +1578,9 @@ __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT) layernorm_backward_ke
             Pack<floatR, ROW_WIDTH> out;
             Pack<floatX, ROW_WIDTH> copy;
             for (int j = 0; j < ROW_WIDTH; j++) {
-                const float xhat = ((float)x[k].at[j] - m) * s;
-                const float change = s * ((float)g[k].at[j] * (float)w[k].at[j] - mean_g - xhat * mean_dot);
-                const float d = (float)before[k].at[j] + change;
+                const float xhat = fmaf(x[k][j], s, offset);
+                const float change = s * (g[k][j] * w[k][j] - mean_g - xhat * mean_dot);
+                const float d = before[k][j] + change;
                 out.at[j] = (floatR)d;
                 copy.at[j] = (floatX)d;
                 dsum[k][j] += d;
@@ -2203,13 +2213,13 @@ __global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS)
                 for (int j = 0; j < VOCABULARY_WIDTH; j++)
                     if (i + j >= V) v[k].at[j] = (floatX)-INFINITY;
             if (BACKWARD && ROW_IS_HELD) held[i / VOCABULARY_WIDTH] = v[k];
-            float top = (float)v[k].at[0], sum = 0.0f;
-            for (int j = 1; j < VOCABULARY_WIDTH; j++) top = fmaxf(top, (float)v[k].at[j]);
+            float top = v[k][0], sum = 0.0f;
+            for (int j = 1; j < VOCABULARY_WIDTH; j++) top = fmaxf(top, v[k][j]);
             if (top > largest) {
                 total *= fast_exp(largest - top);
                 largest = top;
             }
-            for (int j = 0; j < VOCABULARY_WIDTH; j++) sum += exp_minus((float)v[k].at[j], largest);
+            for (int j = 0; j < VOCABULARY_WIDTH; j++) sum += exp_minus(v[k][j], largest);
             total += sum;
         }
     }
@@ -2236,7 +2246,7 @@ __global__ void __launch_bounds__(LOSS_THREADS, 1024 / LOSS_THREADS)
         if (i < V) {
             const Logits v = ROW_IS_HELD ? held[i / VOCABULARY_WIDTH] : load_pack<VOCABULARY_WIDTH>(x + i);
             for (int j = 0; j < VOCABULARY_WIDTH; j++) {
-                float g = exp_minus((float)v.at[j], largest) * scale;
+                float g = exp_minus(v[j], largest) * scale;
                 if (i + j == target) g -= loss_scale;
                 d.at[j] = (floatX)g;
             }
