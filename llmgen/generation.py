@@ -69,7 +69,7 @@ class GenerationPlan:
         return templates(self.graph)
 
     @property
-    def has_master_weights(self) -> bool:
+    def has_halves(self) -> bool:
         return False
 
     @property

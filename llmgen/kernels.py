@@ -15,7 +15,7 @@ from llmgen.plan import Plan
 # What ops are made of; the products' epilogue uses gelu. On Hopper some things are added, and some take the place of others.
 PRELUDE = {
     "c": ("c/vector.j2", "c/ops/gelu.j2", "c/gemm.j2"),
-    "cuda": ("cuda/ptx.j2", "cuda/reduce.j2", "cuda/ops/gelu.j2", "cuda/gemm.j2"),
+    "cuda": ("cuda/ptx.j2", "cuda/reduce.j2", "cuda/halves.j2", "cuda/ops/gelu.j2", "cuda/gemm.j2"),
 }
 
 

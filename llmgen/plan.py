@@ -161,8 +161,7 @@ class Plan:
     @property
     def templates(self) -> list[str]:
         """The op templates they stand in, in the order of their first use."""
-        named = templates(self.graph)
-        return named + ["copy"] * (self.has_master_weights and "copy" not in named)  # it rounds the master weights
+        return templates(self.graph)
 
     @property
     def workspace(self) -> int:
@@ -170,8 +169,8 @@ class Plan:
         return max(self.forward_backward.bytes, self.evaluate.bytes, self.update_bytes)
 
     @property
-    def has_master_weights(self) -> bool:
-        """Whether the optimizer keeps the parameters in float32 beside those that the model works with."""
+    def has_halves(self) -> bool:
+        """Whether the parameters lie in memory in two halves: what the model works with, and what it lacks of float32."""
         return self.parameters[0].tensor.dtype != "f32"
 
     @property
@@ -214,7 +213,7 @@ class Plan:
         return Memory(
             parameters=working,
             gradients=flat,
-            optimizer=(3 if self.has_master_weights else 2) * flat,
+            optimizer=2 * flat + (working if self.has_halves else 0),
             activations=saved,
             arena=self.workspace - saved,
             constants=4 * sum(t.values for t in self.tables) + self.input_bytes,

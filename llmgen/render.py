@@ -61,7 +61,7 @@ def source(plan: Plan, statement: Callable[..., str] | None = None) -> str:
         "target": plan.target,
         "timed": statement is not None,
         "parameter_members": [(f"{value} *{p.name};", f"({p.shape})") for p in plan.parameters],
-        "weights_memory": "master_memory" if plan.has_master_weights else "params_memory",
+        "weights_memory": "grads_memory" if plan.has_halves else "params_memory",  # where they lie as floats, for files
         "activation_members": _buffer_members(plan.forward_backward),
         "evaluation_members": _buffer_members(plan.evaluate),
         "table_members": [(f"float *{t.name};", f"({', '.join(map(str, t.shape))})") for t in plan.tables],

@@ -49,7 +49,9 @@ def losses(folder: Path) -> list[tuple]:
 
 
 def test_a_bf16_run_goes_on_from_its_master_weights_to_the_same_bits(bf16, run, tmp_path):
+    run(bf16, "alone", 6)
     run(bf16, "whole", 6, "--checkpoint-every", 3)
+    assert (tmp_path / "alone.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes(), "a checkpoint changes nothing"
     run(bf16, "parts", 3, "--checkpoint-every", 3)
     lines = run(bf16, "parts", 6, "--resume", "--checkpoint-every", 3)
     assert any(line.startswith("resumed after step 3 ") for line in lines)

@@ -40,6 +40,7 @@ FUNCTIONS = {
     "float grad_scale, float learning_rate, float beta1, float beta2, float epsilon, int step, int n",
     "muon": "float *param, floatX *working, float *m, const float *grad, float grad_scale, "
     "float learning_rate, float weight_decay, int rows, int columns, float *room",
+    "halves": "float *back, floatX *working, const float *weights, int n",
     "norm": "float *out, const float *x, int n",
     "losses": "float *out, const float *x, int n, int accumulate",
     "rope_tables": "float *cosines, float *sines",
@@ -79,15 +80,33 @@ ADAMW = """
 static void adamw(float *param, floatX *working, float *m, float *v, const float *grad,
                   float grad_scale, float learning_rate, float beta1, float beta2, float epsilon, int step, int n) {
     Tensors tensors = {3, {(size_t)n / 3 / 4 * 4, (size_t)n / 2 / 4 * 4, (size_t)n}, {0.1f, NOT_ADAMW, 0.0f}};
-    adamw_update(param, WORKING m, v, grad, &tensors, grad_scale, learning_rate, beta1, beta2, epsilon, step);
+    BEFORE
+    adamw_update(WEIGHTS, m, v, grad, &tensors, grad_scale, learning_rate, beta1, beta2, epsilon, step);
+    AFTER
 }
 """
 MUON = """
 static void muon(float *param, floatX *working, float *m, const float *grad, float grad_scale,
                  float learning_rate, float weight_decay, int rows, int columns, float *room) {
-    muon_update(param, WORKING m, grad, rows, columns, grad_scale, learning_rate, weight_decay, room);
+    const int n = rows * columns;
+    BEFORE
+    muon_update(WEIGHTS, m, grad, rows, columns, grad_scale, learning_rate, weight_decay, room);
+    AFTER
 }
 """
+HALVES_THERE_AND_BACK = """
+static void halves(float *back, floatX *working, const float *weights, int n) {
+    int16_t *rest = (int16_t *)scratch;
+    halve_weights(working, rest, weights, n);
+    whole_weights(back, working, rest, n);
+}
+"""
+# In bf16 the optimizers work on weights in two halves.
+HALVES = {
+    "BEFORE": "int16_t *rest = (int16_t *)scratch + (1 << 20);\n    halve_weights(working, rest, param, n);",
+    "WEIGHTS": "working, rest",
+    "AFTER": "whole_weights(param, working, rest, n);",
+}
 BEHIND = """
 static void add_behind(floatX *out, const floatX *a, const floatX *b, int n) { add_forward(out + 1, a + 1, b + 1, n - 1); }
 """
@@ -99,7 +118,8 @@ def build(folder, device):
 
     def make(kind, sizes, templates, functions, more="", scratch=4 << 20, **options):
         precision, residual = KINDS[kind]
-        more = more.replace("WORKING", "working," if precision == "bf16" else "")
+        for name, text in HALVES.items():
+            more = more.replace(name, text if precision == "bf16" else "param" if name == "WEIGHTS" else "")
         signatures = {name: FUNCTIONS[name] for name in functions.split()}
         sizes = {"V": 50, "VP": 128, "C": 64, "NH": 2, "HS": 8, "NKV": 1, "MAXT": 64, "CHUNK": 16, "ROPE_HALF": 4} | sizes
         sizes = {"QKV": (sizes["NH"] + 2 * sizes["NKV"]) * sizes["HS"]} | sizes
@@ -347,10 +367,24 @@ def test_adamw(build, rng, kind, n):
         want[name][left] = old[left]
         close(got, want[name])
     if KINDS[kind][0] == "bf16":
-        assert np.isnan(working[left]).all()
-        outside = np.ones(n, bool)
-        outside[left] = False
-        assert (working[outside] == cuda_kernels.rounded(param)[outside]).all()
+        assert (working == cuda_kernels.rounded(param)).all()
+
+
+def test_the_halves_of_a_weight_are_the_weight(build, rng):
+    """Ties, which go away from zero, numbers that round up to the next exponent, no numbers and others."""
+    bits = np.array([0x3F808000, 0xBF818000, 0x3F808001, 0x3F807FFF, 0x3FFFFFFF, 0x7F7FFFFF, 0x80000001, 0x80000000], np.uint32)
+    special = np.array([0.0, np.inf, -np.inf], np.float32)
+    weights = np.concatenate([bits.view(np.float32), special, values(rng, 1000, precision="fp32")])
+    lib = build("bf16", {}, "global_norm adamw", "halves", more=HALVES_THERE_AND_BACK)
+    working, back = empty(weights.size), empty(weights.size)
+    lib.halves(back, working, weights, weights.size)
+    np.testing.assert_array_equal(back.view(np.uint32), weights.view(np.uint32))
+    near = (weights.view(np.uint32).astype(np.uint64) + 0x8000 & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    np.testing.assert_array_equal(working, near)
+    weights = np.array([0x7FFFFFFF, 0x7FC00000, 0xFF800001, 0x7F808000], np.uint32).view(np.float32)
+    working, back = empty(weights.size), empty(weights.size)
+    lib.halves(back, working, weights, weights.size)
+    assert np.isnan(back).all() and np.isnan(working).all()
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 1027, 300000])

@@ -70,6 +70,8 @@ typedef __nv_bfloat16 nv_bfloat16;
 typedef __nv_bfloat162 nv_bfloat162;
 static inline float __bfloat162float(__nv_bfloat16 b) { return b; }
 static inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
+static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.bits; }
+static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return __nv_bfloat16_raw{bits}; }
 static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 static inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {b.x, b.y}; }
 
