@@ -23,12 +23,12 @@
  * Memory of the GPU in bytes, for a micro-batch of 16 x 1024 tokens:
  *       248,951,808  parameters, as the model works with them
  *       497,903,616  gradients, float32
- *     1,493,710,848  master weights and AdamW's moments, float32
+ *     1,244,759,040  what the parameters lack of float32, and AdamW's moments
  *     4,869,586,944  activations that the backward needs
  *     1,698,889,728  arena for all that lives shorter (at least 1,698,889,728 are alive at once)
  *            66,048  tokens, results
  *        28,311,552  scratch of the kernel that runs
- *     8,837,420,544  in all
+ *     8,588,468,736  in all
  *
  * Contents: sizes, tensors, basics, the GPU, matrix products, layers (forward beside backward), the model, AdamW,
  * files, data, sampling, logging, arguments, main.
@@ -102,10 +102,12 @@ struct Parameters {
     Value *lnfb;      /* (C) */
 };
 
-static Parameters<floatX> params; /* working weights: the master weights rounded */
+static Parameters<floatX> params;
 static Parameters<float> grads;
-static floatX *params_memory;                       /* (PARAMETER_VALUES) */
-static float *master_memory;                        /* the same: what the optimizer changes, and what files hold */
+/* (PARAMETER_VALUES) each. params is what the model works with; with rest it is float32, which the optimizer changes and files
+ * hold. */
+static floatX *params_memory;
+static int16_t *rest_memory;
 static float *grads_memory, *moment1_memory, *moment2_memory;
 
 /* What forward_backward computes on the way; a dimension L: kept for the backward, a slot for each layer. */
@@ -318,9 +320,9 @@ static void *allocate_tensors(size_t bytes) {
         size_t free_bytes = 0, total = 0;
         cudaGetLastError();
         cudaMemGetInfo(&free_bytes, &total);
-        const size_t fixed = 2268943872, each = 410529792, had = free_bytes + model_bytes;
+        const size_t fixed = 2019992064, each = 410529792, had = free_bytes + model_bytes;
         die(1, "out of memory: the plan needs %zu bytes, the GPU has %zu free; build with --batch-size %zu",
-            (size_t)8837420544, had, had > fixed + each ? (had - fixed) / each : 1);
+            (size_t)8588468736, had, had > fixed + each ? (had - fixed) / each : 1);
     }
     cudaCheck(cudaMemsetAsync(memory, 0, bytes, stream));
     model_bytes += bytes;
@@ -753,33 +755,6 @@ __device__ __forceinline__ void store_partial(float *partial, const float (&sum)
     __syncthreads();
 }
 
-/* ---- element by element: out[i] = FUNCTION(a[i]) or FUNCTION(a[i], b[i]) --------------------------------------------
- * A thread has MAP_WIDTH values. At the end, and where an address is no multiple of 16 bytes, they move one by one. */
-
-enum { MAP_WIDTH = 16 / sizeof(floatX), MAP_THREADS = 256 };
-
-static int map_blocks(size_t n) { return (int)((n + MAP_WIDTH * MAP_THREADS - 1) / (MAP_WIDTH * MAP_THREADS)); }
-static bool at_16_bytes(const void *p) { return (uintptr_t)p % 16 == 0; }
-
-template <float (*FUNCTION)(float), class Out, class Inp>
-__global__ void __launch_bounds__(MAP_THREADS) map_kernel(Out *out, const Inp *inp, size_t n, bool packed) {
-    const size_t first = ((size_t)blockIdx.x * MAP_THREADS + threadIdx.x) * MAP_WIDTH;
-    if (packed && first + MAP_WIDTH <= n) {
-        const Pack<Inp, MAP_WIDTH> x = load_pack<MAP_WIDTH>(inp + first);
-        Pack<Out, MAP_WIDTH> y;
-        for (int i = 0; i < MAP_WIDTH; i++) y.at[i] = (Out)FUNCTION(x[i]);
-        store_pack(out + first, y);
-    } else {
-        for (size_t i = first; i < first + MAP_WIDTH && i < n; i++) out[i] = (Out)FUNCTION((float)inp[i]);
-    }
-}
-
-template <float (*FUNCTION)(float), class Out, class Inp>
-static void map_values(Out *out, const Inp *inp, size_t n) {
-    map_kernel<FUNCTION><<<map_blocks(n), MAP_THREADS, 0, stream>>>(out, inp, n, at_16_bytes(out) && at_16_bytes(inp));
-    cudaCheck(cudaGetLastError());
-}
-
 /* exp(x): in bfloat16 programs by the processor's own 2^x, within 2^-22. */
 __device__ __forceinline__ float fast_exp(float x) {
     return exp2_approx(x * 1.4426950408889634f);
@@ -787,6 +762,40 @@ __device__ __forceinline__ float fast_exp(float x) {
 
 __device__ __forceinline__ float fast_divide(float a, float b) {
     return __fdividef(a, b); /* 0 where b is above 2^126 */
+}
+
+/* ---- weights in two halves ------------------------------------------------------------------------------------------
+ * The upper one is the nearest bfloat16, of two that are as near the one further from 0: what the model works with. The lower
+ * one, `rest`, is what that rounding took, in units of the float's last place. Together they are the float, bit for bit. */
+
+__device__ __forceinline__ float whole(floatX working, int16_t rest) {
+    return __uint_as_float(((uint32_t)__bfloat16_as_ushort(working) << 16) + (uint32_t)(int32_t)rest);
+}
+
+__device__ __forceinline__ void halve(float x, floatX *working, int16_t *rest) {
+    const uint32_t bits = __float_as_uint(x);
+    *working = __ushort_as_bfloat16((unsigned short)(isnan(x) ? 0x7fff : (bits + 0x8000) >> 16));
+    *rest = (int16_t)(bits & 0xffff);
+}
+
+__global__ void __launch_bounds__(256) whole_weights_kernel(float *weights, const floatX *working, const int16_t *rest, size_t n) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n) weights[i] = whole(working[i], rest[i]);
+}
+
+static void whole_weights(float *weights, const floatX *working, const int16_t *rest, size_t n) { /* (n) each */
+    whole_weights_kernel<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(weights, working, rest, n);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void __launch_bounds__(256) halve_weights_kernel(floatX *working, int16_t *rest, const float *weights, size_t n) {
+    const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n) halve(weights[i], &working[i], &rest[i]);
+}
+
+static void halve_weights(floatX *working, int16_t *rest, const float *weights, size_t n) { /* (n) each */
+    halve_weights_kernel<<<(unsigned)((n + 255) / 256), 256, 0, stream>>>(working, rest, weights, n);
+    cudaCheck(cudaGetLastError());
 }
 
 /* ---- GELU: x/2 * (1 + tanh(u)) with u = sqrt(2/pi) * (x + 0.044715 x^3), which equals x / (1 + exp(-2u)) --------- */
@@ -2345,51 +2354,43 @@ typedef struct {
     float weight_decay[MAX_TENSORS]; /* NOT_ADAMW: another optimizer's */
 } Tensors;
 
-/* A thread has 4 values; it also rounds them to the weights that the model works with. */
-__global__ void __launch_bounds__(256) adamw_kernel(float *param, floatX *working, float *m, float *v, const float *grad,
-                                                    const Tensors tensors, float grad_scale, float learning_rate, float beta1,
-                                                    float beta2, float epsilon, float correct1, float correct2) {
+/* A thread has 4 values. */
+__global__ void __launch_bounds__(256) adamw_kernel(floatX *working, int16_t *rest, float *m, float *v,
+                                                    const float *grad, const Tensors tensors, float grad_scale,
+                                                    float learning_rate, float beta1, float beta2, float epsilon,
+                                                    float correct1, float correct2) {
     const size_t i = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (i >= tensors.end[tensors.count - 1]) return;
     int tensor = 0;
     while (i >= tensors.end[tensor]) tensor++;
     const float weight_decay = tensors.weight_decay[tensor];
     if (weight_decay < 0.0f) return;
-    Pack<float, 4> p = load_pack<4>(param + i), m_now = load_pack<4>(m + i), v_now = load_pack<4>(v + i);
+    Pack<floatX, 4> upper = load_pack<4>(working + i);
+    Pack<int16_t, 4> lower = load_pack<4>(rest + i);
+    Pack<float, 4> m_now = load_pack<4>(m + i), v_now = load_pack<4>(v + i);
     const Pack<float, 4> g_raw = load_pack<4>(grad + i);
     for (int j = 0; j < 4; j++) {
         const float g = g_raw.at[j] * grad_scale;
         m_now.at[j] = beta1 * m_now.at[j] + (1.0f - beta1) * g;
         v_now.at[j] = beta2 * v_now.at[j] + (1.0f - beta2) * g * g;
         const float direction = m_now.at[j] * correct1 / (sqrtf(v_now.at[j] * correct2) + epsilon);
-        p.at[j] -= learning_rate * (direction + weight_decay * p.at[j]);
+        const float p = whole(upper.at[j], lower.at[j]);
+        halve(p - learning_rate * (direction + weight_decay * p), &upper.at[j], &lower.at[j]);
     }
-    store_pack(param + i, p);
+    store_pack(working + i, upper);
+    store_pack(rest + i, lower);
     store_pack(m + i, m_now);
     store_pack(v + i, v_now);
-    Pack<floatX, 4> rounded;
-    for (int j = 0; j < 4; j++) rounded.at[j] = (floatX)p.at[j];
-    store_pack(working + i, rounded);
 }
 
-/* param: in full precision, the master weights; working: the same, rounded. */
-static void adamw_update(float *param, floatX *working, float *m, float *v, const float *grad, /* as many as tensors say */
+static void adamw_update(floatX *working, int16_t *rest, float *m, float *v, const float *grad, /* as many as tensors say */
                          const Tensors *tensors, float grad_scale, float learning_rate, float beta1, float beta2,
                          float epsilon, int step) {
     const float correct1 = (float)(1.0 / (1.0 - pow(beta1, step))), correct2 = (float)(1.0 / (1.0 - pow(beta2, step)));
     const size_t n = tensors->end[tensors->count - 1];
-    adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(param, working, m, v, grad, *tensors, grad_scale,
-                                                                    learning_rate, beta1, beta2, epsilon, correct1, correct2);
+    adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(working, rest, m, v, grad, *tensors, grad_scale,
+                                                           learning_rate, beta1, beta2, epsilon, correct1, correct2);
     cudaCheck(cudaGetLastError());
-}
-
-/* ---- copy: out = inp, between types as well ---------------------------------------------------------------------- */
-
-__device__ __forceinline__ float same_value(float x) { return x; }
-
-template <class Out, class Inp>
-static void copy_forward(Out *out, const Inp *inp, size_t n) { /* (n), (n) */
-    map_values<same_value>(out, inp, n);
 }
 
 /* ---- memory of the model ----------------------------------------------------------------------------------------- */
@@ -2402,11 +2403,11 @@ static void point_parameters(Parameters<Value> *p, Value *memory) {
     for (int i = 0; i < NUM_TENSORS; i++) tensors[i] = memory + parameter_table[i].offset;
 }
 
-/* All memory of the GPU that the program ever uses: 8,837,420,544 bytes. */
+/* All memory of the GPU that the program ever uses: 8,588,468,736 bytes. */
 static void allocate_model(void) {
     params_memory = (floatX *)allocate_tensors(248951808);
     grads_memory = (float *)allocate_tensors(497903616);
-    master_memory = (float *)allocate_tensors(497903616);
+    rest_memory = (int16_t *)allocate_tensors(248951808);
     moment1_memory = (float *)allocate_tensors(497903616);
     moment2_memory = (float *)allocate_tensors(497903616);
     point_parameters(&params, params_memory);
@@ -2584,12 +2585,13 @@ static void update(const Settings *s, double norm, float learning_rate, int step
         tensors.end[i] = row->offset + row->stride * (size_t)row->layers;
         tensors.weight_decay[i] = row->decays ? (float)s->weight_decay : 0.0f;
     }
-    adamw_update(master_memory, params_memory, moment1_memory, moment2_memory, grads_memory, &tensors, grad_scale,
+    adamw_update(params_memory, rest_memory, moment1_memory, moment2_memory, grads_memory, &tensors, grad_scale,
                  learning_rate, (float)s->beta1, (float)s->beta2, (float)s->epsilon, step);
 }
 
-/* Makes the weights that the model works with from the master weights. */
-static void round_parameters(void) { copy_forward(params_memory, master_memory, PARAMETER_VALUES); }
+/* The weights as floats, and back: between two steps the gradients' memory serves for that. */
+static void whole_parameters(void) { whole_weights(grads_memory, params_memory, rest_memory, PARAMETER_VALUES); }
+static void halve_parameters(void) { halve_weights(params_memory, rest_memory, grads_memory, PARAMETER_VALUES); }
 
 /* Of the (B, T) losses of a micro-batch. */
 static double mean_loss(const float *losses) {
@@ -2626,10 +2628,10 @@ static void initialise_weights(uint64_t seed) {
                 if (j + 1 < n) values[j + 1] = row->mean + row->std * b;
             }
             first += row->count;
-            to_gpu(master_memory + row->offset + (size_t)l * row->stride, values, row->count * sizeof(float));
+            to_gpu(grads_memory + row->offset + (size_t)l * row->stride, values, row->count * sizeof(float));
         }
     }
-    round_parameters();
+    halve_parameters();
 }
 
 enum {
@@ -2723,8 +2725,8 @@ static void load_weights(const char *path) {
     const int is_bf16 = header[1] == WEIGHTS_BF16;
     check_bytes(bytes, count_parameters() * (is_bf16 ? 2 : 4), path);
     if (is_bf16) say("%s: bf16, converted to fp32\n", path);
-    read_tensors(file, master_memory, is_bf16, path);
-    round_parameters();
+    read_tensors(file, grads_memory, is_bf16, path);
+    halve_parameters();
     fclose(file);
 }
 
@@ -2734,7 +2736,8 @@ static void save_weights(const char *path, int as_bf16) {
     for (int i = 0; i < WEIGHTS_HEADER; i++) header[2 + i] = weights_header[i].value;
     FILE *file = open_output(path);
     write_output(file, header, HEADER_BYTES);
-    write_tensors(file, master_memory, as_bf16);
+    whole_parameters();
+    write_tensors(file, grads_memory, as_bf16);
     close_output(file);
 }
 
@@ -3133,7 +3136,8 @@ static void write_state(const char *path, const Settings *s, Loader *data, const
     write_output(file, header, HEADER_BYTES);
     write_tensors(file, moment1_memory, 0);
     write_tensors(file, moment2_memory, 0);
-    write_tensors(file, master_memory, 0);
+    whole_parameters();
+    write_tensors(file, grads_memory, 0);
     write_output(file, run->losses.values, sizeof run->losses.values);
     write_output(file, run->norms.values, sizeof run->norms.values);
     close_output(file);
@@ -3157,8 +3161,10 @@ static void read_state(const char *path, const Settings *s, Loader *data, Progre
     check_bytes(bytes, (masters ? 3 : 2) * 4 * count_parameters() + 2 * (int64_t)sizeof run->losses.values, path);
     read_tensors(file, moment1_memory, 0, path);
     read_tensors(file, moment2_memory, 0, path);
-    if (masters) read_tensors(file, master_memory, 0, path);  /* what a model in bf16 was rounded from */
-    round_parameters();
+    if (masters) {  /* what a model in bf16 was rounded from */
+        read_tensors(file, grads_memory, 0, path);
+        halve_parameters();
+    }
     read_input(file, run->losses.values, sizeof run->losses.values, path);
     read_input(file, run->norms.values, sizeof run->norms.values, path);
     fclose(file);
