@@ -2389,7 +2389,7 @@ static void adamw_update(floatX *working, int16_t *rest, float *m, float *v, con
     const float correct1 = (float)(1.0 / (1.0 - pow(beta1, step))), correct2 = (float)(1.0 / (1.0 - pow(beta2, step)));
     const size_t n = tensors->end[tensors->count - 1];
     adamw_kernel<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(working, rest, m, v, grad, *tensors, grad_scale,
-                                                           learning_rate, beta1, beta2, epsilon, correct1, correct2);
+                                                                    learning_rate, beta1, beta2, epsilon, correct1, correct2);
     cudaCheck(cudaGetLastError());
 }
 
