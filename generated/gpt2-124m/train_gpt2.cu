@@ -778,7 +778,8 @@ __device__ __forceinline__ void halve(float x, floatX *working, int16_t *rest) {
     *rest = (int16_t)(bits & 0xffff);
 }
 
-__global__ void __launch_bounds__(256) whole_weights_kernel(float *weights, const floatX *working, const int16_t *rest, size_t n) {
+__global__ void __launch_bounds__(256)
+    whole_weights_kernel(float *weights, const floatX *working, const int16_t *rest, size_t n) {
     const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
     if (i < n) weights[i] = whole(working[i], rest[i]);
 }
@@ -788,7 +789,8 @@ static void whole_weights(float *weights, const floatX *working, const int16_t *
     cudaCheck(cudaGetLastError());
 }
 
-__global__ void __launch_bounds__(256) halve_weights_kernel(floatX *working, int16_t *rest, const float *weights, size_t n) {
+__global__ void __launch_bounds__(256)
+    halve_weights_kernel(floatX *working, int16_t *rest, const float *weights, size_t n) {
     const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
     if (i < n) halve(weights[i], &working[i], &rest[i]);
 }
