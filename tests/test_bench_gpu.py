@@ -117,6 +117,7 @@ def test_what_pytorch_is_asked_for(monkeypatch):
     assert "SDPA 1 x 2 x 16 x 16" in text and "flash attention" in text
 
 
+@pytest.mark.slow
 def test_products_beside_cublas(emulated, monkeypatch, tmp_path, capsys):
     """The script that docs/gpu-gemm-hopper.md names, with PyTorch on the CPU for cuBLAS."""
     torch = pytest.importorskip("torch")

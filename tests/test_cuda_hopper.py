@@ -42,11 +42,17 @@ def only(tile, parts):
     return chosen
 
 
-@pytest.mark.parametrize("parts", ["1, IN_TURN", "3, IN_TURN", "3, APART"])
-@pytest.mark.parametrize("tile", TILES)
+TYPICAL = ("pingpong", "joint, a shared", "transposed")
+CASES = [(tile, "3, IN_TURN") for tile in TILES] + [
+    pytest.param(tile, parts, marks=() if tile in TYPICAL else pytest.mark.slow)
+    for tile in TILES
+    for parts in ("1, IN_TURN", "3, APART")
+    if parts == "1, IN_TURN" or "columns" not in tile  # as with 192 columns
+]
+
+
+@pytest.mark.parametrize("tile, parts", CASES)
 def test_products_on_hopper_are_right_for_any_shape(folder, hopper_device, tile, parts):
-    if parts == "3, APART" and "columns" in tile:
-        pytest.skip("as with 192 columns")
     slopes = parts != "1, IN_TURN"  # what GELU keeps has nothing to do with the parts; each is tried with each tile
     made = cuda_kernels.build(
         folder,

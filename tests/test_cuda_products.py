@@ -116,7 +116,7 @@ def only(tile, parts=1):
     return chosen
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("tile", products.TILES, ids=lambda tile: tile.name)
 def test_products_of_bf16_are_right_for_any_shape(folder, device, tile, parts):
     made = library(folder, device, "bf16", only(tile, parts))
