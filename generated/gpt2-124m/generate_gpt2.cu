@@ -397,6 +397,11 @@ __device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefe
 
 /* ---- rows, packs and sums: what the kernels that are bound by memory are made of --------------------------------- */
 
+template <class Value>
+constexpr bool IS_BF16 = false;
+template <>
+constexpr bool IS_BF16<bf16> = true;
+
 /* N values side by side, which move at once: 16 bytes an instruction, or fewer bytes where N is small. */
 template <class Value, int N>
 struct alignas(sizeof(Value) * N < 16 ? sizeof(Value) * N : 16) Pack {
@@ -404,7 +409,7 @@ struct alignas(sizeof(Value) * N < 16 ? sizeof(Value) * N : 16) Pack {
 
     /* Value i as a float. A bf16 is the upper half of one: of two side by side each takes one instruction. */
     __device__ __forceinline__ float operator[](int i) const {
-        if constexpr (sizeof(Value) == 2 && N % 2 == 0) {
+        if constexpr (IS_BF16<Value> && N % 2 == 0) {
             const uint32_t two = ((const uint32_t *)at)[i / 2];
             return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
         } else {
