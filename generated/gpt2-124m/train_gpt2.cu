@@ -2597,7 +2597,11 @@ static void update(const Settings *s, double norm, float learning_rate, int step
 }
 
 /* The weights as floats, and back: between two steps the gradients' memory serves for that. */
-static void whole_parameters(void) { whole_weights(grads_memory, params_memory, rest_memory, PARAMETER_VALUES); }
+static const float *whole_parameters(void) {
+    whole_weights(grads_memory, params_memory, rest_memory, PARAMETER_VALUES);
+    return grads_memory;
+}
+
 static void halve_parameters(void) { halve_weights(params_memory, rest_memory, grads_memory, PARAMETER_VALUES); }
 
 /* Of the (B, T) losses of a micro-batch. */
@@ -2743,8 +2747,7 @@ static void save_weights(const char *path, int as_bf16) {
     for (int i = 0; i < WEIGHTS_HEADER; i++) header[2 + i] = weights_header[i].value;
     FILE *file = open_output(path);
     write_output(file, header, HEADER_BYTES);
-    whole_parameters();
-    write_tensors(file, grads_memory, as_bf16);
+    write_tensors(file, whole_parameters(), as_bf16);
     close_output(file);
 }
 
@@ -3143,8 +3146,7 @@ static void write_state(const char *path, const Settings *s, Loader *data, const
     write_output(file, header, HEADER_BYTES);
     write_tensors(file, moment1_memory, 0);
     write_tensors(file, moment2_memory, 0);
-    whole_parameters();
-    write_tensors(file, grads_memory, 0);
+    write_tensors(file, whole_parameters(), 0);
     write_output(file, run->losses.values, sizeof run->losses.values);
     write_output(file, run->norms.values, sizeof run->norms.values);
     close_output(file);
